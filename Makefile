@@ -1,0 +1,39 @@
+# Everything lives in .venv; the tested versions are in constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: help setup quickstart test lab lint clean
+
+help:
+	@echo "make quickstart   install, then distil the embedded teacher: the executed notebook is in runs/"
+	@echo "make test         install, then run the tests"
+	@echo "make lab          install, then open JupyterLab on the notebooks"
+	@echo "make lint         check the code with ruff, and the notebooks for outputs"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[test]"
+	touch $@
+
+quickstart: setup
+	mkdir -p runs
+	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 600
+	@echo "Read the executed notebook: runs/00_quickstart.ipynb (make lab opens JupyterLab)"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+lint: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,43 @@
+"""HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled."""
+
+from . import cost
+from .config import DistillConfig
+from .data import load_corpus
+from .discrepancy import discrepancy
+from .loop import Diverged, distill
+from .losses import DistillationLoss, LossTerms
+from .models import forward, load_teacher
+from .narrowing import narrow
+from .plots import plot_discrepancy, plot_losses
+from .runs import Run, save_result
+from .schedules import cubic, linear, one_shot
+from .scorers import scorer
+from .widgets import LiveFigure
+from .widths import UnsupportedArchitecture, WidthGroup, Widths, width_groups
+
+__all__ = [
+    "DistillConfig",
+    "DistillationLoss",
+    "Diverged",
+    "LiveFigure",
+    "LossTerms",
+    "Run",
+    "UnsupportedArchitecture",
+    "WidthGroup",
+    "Widths",
+    "cost",
+    "cubic",
+    "discrepancy",
+    "distill",
+    "forward",
+    "linear",
+    "load_corpus",
+    "load_teacher",
+    "narrow",
+    "one_shot",
+    "plot_discrepancy",
+    "plot_losses",
+    "save_result",
+    "scorer",
+    "width_groups",
+]

@@ -1,0 +1,49 @@
+"""A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
+
+The file holds the arguments of `DistillConfig` and, beside them, `teacher`, `corpus`, `length` and `run_dir`;
+what is left out takes its default. `run_dir` must be named. `--resume` goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from . import DistillConfig, distill, load_corpus, load_teacher
+
+PLACES = {"teacher": "embedded", "corpus": "embedded", "length": 128, "run_dir": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hdlib", description="Distil a teacher into a narrower student.")
+    parser.add_argument("config", type=Path, help="a YAML file of arguments")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run_dir")
+    arguments = parser.parse_args()
+    try:
+        places, config = read(arguments.config)
+        teacher, tokenizer = load_teacher(places["teacher"])
+        train, validation = load_corpus(places["corpus"], tokenizer, places["length"])
+        run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
+    except (ValueError, OSError, ArithmeticError) as error:
+        raise SystemExit(f"{arguments.config}: {error}") from error
+    print(f"student: {run.student_folder}")
+
+
+def read(path: Path) -> tuple[dict, DistillConfig]:
+    """A YAML file to (places, config). Raises ValueError for a name that is no argument."""
+    values = yaml.safe_load(path.read_text()) or {}
+    known = {field.name for field in fields(DistillConfig)}
+    unknown = sorted(values.keys() - known - PLACES.keys())
+    if unknown:
+        raise ValueError(f"unknown arguments {', '.join(unknown)}; there are: {', '.join([*PLACES, *sorted(known)])}")
+    if not values.get("run_dir"):
+        raise ValueError("run_dir is missing: name the folder of this run")
+    places = {name: values.pop(name, default) for name, default in PLACES.items()}
+    return places, DistillConfig(**values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Every number of a run in one frozen object, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .losses import TERMS, DistillationLoss
+from .models import check_vocabulary
+from .schedules import SCHEDULES
+from .scorers import SCORERS
+from .widths import Widths, width_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The arguments of `hdlib.distill`. Raises ValueError, naming the field, for what cannot be."""
+
+    steps: int = 1000  # T, optimiser steps
+    batch_size: int = 32  # B, blocks a step over all processes
+    target: float | Widths | dict = 0.29  # what is kept of every width, or the shape to reach
+    multiple_of: int = 1  # for a ratio: hidden and feed-forward widths are multiples of this
+
+    schedule: str = "cubic"  # how the kept fraction falls: cubic, linear or one_shot
+    prune_start: float = 0.05  # t_i as a fraction of the steps
+    prune_end: float = 0.70  # t_f as a fraction of the steps
+    prune_every: int = 10  # steps from one prune to the next
+    scorer: str = "sensitivity"  # importance: sensitivity, magnitude or random
+    smoothing: float = 0.85  # beta, weight of the past in the moving average of the scores
+
+    mlm: float = 1.0  # weight of the masked-language-model loss
+    prediction: float = 1.0  # weight of KL(teacher || student)
+    hidden: float = 1.0  # weight of the hidden-state loss
+    attention: float = 1.0  # weight of the attention loss
+    embedding: float = 1.0  # weight of the embedding loss
+    temperature: float = 1.0  # T of the prediction loss
+    attention_target: str = "scores"  # compare attention scores before the softmax, or probs after it
+    positions: str = "masked"  # where predictions are compared: masked, or all
+
+    learning_rate: float = 6e-4  # peak, Adam
+    warmup: float = 0.1  # fraction of the steps in which the learning rate rises
+    weight_decay: float = 0.01  # not on biases, norms and projections
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    eps: float = 1e-6  # of Adam
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    mask_probability: float = 0.15  # share of the tokens that is to be predicted
+    precision: str = "float32"  # of matrix products: float32 or bfloat16; weights are float32 always
+    seed: int = 0  # of order and masks
+
+    eval_every: int = 50  # steps from one held-out measure to the next
+    eval_blocks: int = 64  # held-out blocks measured
+    checkpoint_every: int = 200  # steps from one checkpoint to the next
+
+    def __post_init__(self):
+        if isinstance(self.target, dict):
+            object.__setattr__(self, "target", Widths(**self.target))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        self._check_types()
+        whole = ("steps", "batch_size", "multiple_of", "prune_every", "eval_every", "eval_blocks", "checkpoint_every")
+        for name in whole:
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "eps"):
+            _require(getattr(self, name) > 0, f"{name} must be above 0; got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} is one of {', '.join(choices)}; got {value!r}")
+        _require(
+            0 <= self.prune_start < self.prune_end <= 1,
+            f"pruning must start before it ends, both as fractions of the steps in [0, 1]; "
+            f"got prune_start={self.prune_start}, prune_end={self.prune_end}",
+        )
+        _require(0 <= self.warmup <= 1, f"warmup is a fraction of the steps in [0, 1]; got {self.warmup}")
+        _require(0 < self.mask_probability < 1, f"mask_probability is in (0, 1); got {self.mask_probability}")
+        _require(0 <= self.smoothing < 1, f"smoothing is in [0, 1); got {self.smoothing}")
+        _require(self.weight_decay >= 0, f"weight_decay is at least 0; got {self.weight_decay}")
+        if not isinstance(self.target, Widths):
+            _require(0 < self.target <= 1, f"target is the fraction of the width to keep, in (0, 1]; got {self.target}")
+        DistillationLoss(1, 1, 1, **self.loss_options())  # refuses what it cannot do
+
+    def check(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation) -> Widths:
+        """The shape that the student will have; ValueError if these arguments cannot make it."""
+        width_groups(teacher)
+        target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
+        target = target.resolved(teacher)
+        check_vocabulary(tokenizer, teacher)
+        for part, blocks in (("training", train), ("validation", validation)):
+            _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks")
+        _require(
+            len(train) >= self.batch_size,
+            f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "
+            "lower batch_size, shorten the blocks or bring more text",
+        )
+        length, positions = len(train[0]["input_ids"]), teacher.config.max_position_embeddings
+        _require(length <= positions, f"blocks have {length} tokens, the teacher only {positions} positions")
+        _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
+        return target
+
+    def widths_at(self, step: int, wide: Widths, target: Widths) -> Widths:
+        """The shape after a step. Between two prunes it is that of the one before.
+
+        Every width follows r(t) = r_f + (1 - r_f) s(t) with an r_f of its own; s is the schedule for
+        r_f = 0, the share of the way that is still to go.
+        """
+        start, end = round(self.prune_start * self.steps), max(1, round(self.prune_end * self.steps))
+        if step < end:
+            step -= step % self.prune_every
+        return wide.between(target, 1 - SCHEDULES[self.schedule](step, start, end, 0.0))
+
+    def loss_options(self) -> dict:
+        names = (*TERMS, "temperature", "attention_target", "positions")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict:
+        """Plain values, as JSON and YAML hold them; `DistillConfig(**d)` makes the same config again."""
+        return asdict(self) | {"betas": list(self.betas)}
+
+    def _check_types(self) -> None:
+        """YAML gives 3e-4 as a string and no as False: name the field instead of failing later."""
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name in ("target", "betas"):
+                continue
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
+        if isinstance(self.target, bool) or not isinstance(self.target, (int, float, Widths)):
+            raise ValueError(f"target is a fraction or Widths; got {self.target!r}")
+        if isinstance(self.target, int):
+            object.__setattr__(self, "target", float(self.target))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+_CHOICES = {"schedule": tuple(SCHEDULES), "scorer": tuple(SCORERS), "precision": ("float32", "bfloat16")}

@@ -1,0 +1,249 @@
+"""Text to fixed-length token blocks, and blocks to masked batches.
+
+Blocks are packed without padding, [CLS] ... [SEP], memory-mapped and cached by `datasets`. The batch of
+step t is a pure function of (seed, t): a resumed run sees what the undisturbed one saw, and N
+processes share out the batch that one process would have had.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .documentation import gather
+from .losses import IGNORED
+
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HELD_OUT_NAMES = ("validation", "valid", "dev", "test")  # files with these in their names are not trained on
+HELD_OUT = 50  # without such a file, one document in so many is
+RECIPE = 1  # raise it when blocks are made in another way, so that no old cache is taken for the new
+
+
+def load_corpus(
+    name_or_path: str | Path = "embedded",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 128,
+    *,
+    text_column: str = "text",
+    subset: str | None = None,
+    validation_blocks: int = 1024,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """A corpus as blocks of `length` tokens.
+
+    Args:
+        name_or_path: "embedded" for the English documentation on this installation's disk; a file or a
+            folder of txt, jsonl or parquet; or a data set's name on the hub.
+        tokenizer: the teacher's.
+        length: S, tokens a block, [CLS] and [SEP] included.
+        text_column: where the text is in jsonl, parquet and hub data.
+        subset: the configuration of a hub data set that has several.
+        validation_blocks: at most so many blocks are held out.
+        seed: of the held-out masks (and of the hold-out, where the data has no validation part).
+
+    Returns:
+        (train, validation): `train` with `input_ids`; `validation` with `input_ids` that are masked once
+        and for all and the `labels` of the masked positions (-100 elsewhere). Files with "validation",
+        "valid", "dev" or "test" in their names are held out; without any, one document in fifty is.
+
+    Raises:
+        FileNotFoundError: nothing there, or the hub cannot be reached.
+        ValueError: no text, text that is not UTF-8 (names file and byte), no such column, or a length
+            that the tokenizer's model cannot take.
+    """
+    if tokenizer is None:
+        raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
+    if not 8 <= length <= tokenizer.model_max_length:
+        raise ValueError(f"length is from 8 to the {tokenizer.model_max_length} positions of the teacher; got {length}")
+    documents = load_documents(name_or_path, text_column, subset)
+    if "validation" not in documents and len(documents["train"]) >= HELD_OUT:
+        documents = _hold_out(documents["train"], seed)
+    blocks = DatasetDict({split: _pack(part, tokenizer, length, text_column) for split, part in documents.items()})
+    if "validation" not in blocks:  # a few long documents: the end of the last one
+        count = len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT)
+        blocks = DatasetDict(train=blocks["train"].take(max(count, 0)), validation=blocks["train"].skip(max(count, 0)))
+    for split, part in blocks.items():
+        if len(part) == 0:
+            raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
+    validation = blocks["validation"].select(range(min(validation_blocks, len(blocks["validation"]))))
+    return blocks["train"], _masked_once(validation, Masking.of(tokenizer), seed)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """BERT's masking: 15 % of the tokens are to be predicted; 80 % of them are hidden behind [MASK],
+    10 % are replaced by a random token, 10 % are left as they are.
+
+    Every block gets the same number of masked tokens, so that the mean over N equal shares of a batch
+    is the mean over the batch.
+    """
+
+    mask_token_id: int
+    vocab_size: int
+    special_ids: tuple[int, ...]  # never masked
+    probability: float = 0.15
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> Masking:
+        return cls(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids), probability)
+
+    def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, S) token ids to masked ids and labels, both (B, S); labels are -100 where nothing is masked."""
+        special = torch.isin(input_ids, torch.tensor(self.special_ids))  # (B, S)
+        count = max(1, round(self.probability * input_ids.shape[1]))
+        draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)  # special ones last
+        chosen = torch.zeros_like(special).scatter(1, draw.argsort(1)[:, :count], True) & ~special
+        labels = input_ids.where(chosen, IGNORED)
+        fate = torch.rand(input_ids.shape, generator=generator)  # (B, S): < 0.8 hide, < 0.9 replace, else leave
+        random_ids = torch.randint(self.vocab_size, input_ids.shape, generator=generator)
+        masked = input_ids.where(~(chosen & (fate < 0.9)), random_ids)
+        return masked.masked_fill(chosen & (fate < 0.8), self.mask_token_id), labels
+
+
+class MaskedBatches(torch.utils.data.Dataset):
+    """The batch of every step: item t is the masked batch of step t, a pure function of (seed, t).
+
+    Args:
+        blocks: training blocks with `input_ids`.
+        masking: what is hidden.
+        batch_size: B, blocks a step over all processes.
+        seed: of order and masks. Every pass over the corpus has an order of its own.
+        share: (rank, processes): this process gets every processes-th block of the batch.
+    """
+
+    def __init__(self, blocks: Dataset, masking: Masking, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
+        self.blocks, self.masking, self.batch_size, self.seed = blocks.with_format("torch"), masking, batch_size, seed
+        self.rank, self.processes = share
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        first = step * self.batch_size
+        indices = [self._index(first + i) for i in range(self.batch_size)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        input_ids, labels = self.masking(self.blocks[indices]["input_ids"], generator)
+        mine = slice(self.rank, None, self.processes)
+        return {"input_ids": input_ids[mine], "labels": labels[mine]}
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.blocks))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.blocks), generator=generator))
+        return int(self._order[1][place])
+
+
+def batches(blocks: Dataset, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
+    """Blocks in their order as batches of (B, S) tensors, the last one perhaps smaller."""
+    for batch in blocks.with_format("torch").iter(batch_size):
+        yield {name: column.to(device) for name, column in batch.items()}
+
+
+def load_documents(name_or_path: str | Path, text_column: str = "text", subset: str | None = None) -> DatasetDict:
+    """The texts, split into train and, where the source has one, validation."""
+    if name_or_path == "embedded":
+        name_or_path = gather()
+    path = Path(name_or_path).expanduser()
+    documents = _from_files(path) if path.exists() else _from_hub(str(name_or_path), subset)
+    for split, part in documents.items():
+        if text_column not in part.column_names:
+            raise ValueError(f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}")
+    return documents.select_columns([text_column])
+
+
+def _from_files(path: Path) -> DatasetDict:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and file.suffix in READERS]
+    if not files:
+        raise ValueError(f"{path} holds no text: files of type {', '.join(READERS)} are read")
+    kinds = sorted({READERS[file.suffix] for file in files})
+    if len(kinds) > 1:
+        raise ValueError(f"{path} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a folder")
+    for file in files:
+        _check_text(file)
+    held_out = [file for file in files if any(name in file.stem.lower() for name in HELD_OUT_NAMES)]
+    parts = {"train": [file for file in files if file not in held_out], "validation": held_out}
+    if not parts["train"]:  # a folder of nothing but a test file is still a corpus
+        parts = {"train": held_out}
+    options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
+    parts = {split: [str(file) for file in part] for split, part in parts.items() if part}
+    try:
+        return load_dataset(kinds[0], data_files=parts, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
+
+
+def _from_hub(name: str, subset: str | None) -> DatasetDict:
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no file or folder {name}")
+    if not (Path(HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
+        try:
+            HfApi().dataset_info(name, timeout=5)
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name!r} is no local file or folder, and the hub could not be asked for a data set of that name "
+                f'({type(error).__name__}). Pass a folder of txt, jsonl or parquet files, or "embedded".'
+            ) from error
+    found = load_dataset(name, subset)
+    return DatasetDict({split: found[split] for split in ("train", "validation") if split in found})
+
+
+def _check_text(file: Path) -> None:
+    """Raise ValueError for a file that is empty, or text that is not UTF-8, naming the byte."""
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty")
+    if file.suffix == ".parquet":
+        return
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    with file.open("rb") as stream:
+        for chunk in chain(iter(lambda: stream.read(1 << 22), b""), [b""]):
+            held_back = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                byte = done - held_back + error.start
+                raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
+            done += len(chunk)
+
+
+def _pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, text_column: str) -> Dataset:
+    """Documents to blocks [CLS] tokens [SEP], the documents separated by [SEP] inside them."""
+    identity = (documents._fingerprint, tokenizer.backend_tokenizer.to_str(), length, text_column, RECIPE)
+    first, separator, room = tokenizer.cls_token_id, tokenizer.sep_token_id, length - 2
+
+    def pack(texts: list[str | None]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer([text for text in texts if text], add_special_tokens=False, verbose=False)["input_ids"]
+        stream = list(chain.from_iterable([*tokens, separator] for tokens in encoded if tokens))
+        pieces = (stream[i : i + room] for i in range(0, len(stream) - room + 1, room))
+        return {"input_ids": [[first, *piece, separator] for piece in pieces]}
+
+    return documents.map(
+        pack,
+        batched=True,
+        input_columns=text_column,
+        remove_columns=documents.column_names,
+        new_fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest()[:32],
+        desc=f"blocks of {length} tokens",
+    )
+
+
+def _hold_out(documents: Dataset, seed: int) -> DatasetDict:
+    parts = documents.train_test_split(1 / HELD_OUT, seed=seed)
+    return DatasetDict(train=parts["train"], validation=parts["test"])
+
+
+def _masked_once(blocks: Dataset, masking: Masking, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    input_ids, labels = masking(blocks.with_format("torch")[:]["input_ids"], generator)
+    return Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": labels.tolist()})

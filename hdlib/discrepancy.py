@@ -1,0 +1,91 @@
+"""How far the student is from its teacher, measured on a fixed held-out set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .data import batches
+from .losses import IGNORED, mlm_loss, prediction_loss
+from .models import forward
+
+
+@torch.no_grad()
+def discrepancy(student: PreTrainedModel, teacher: PreTrainedModel, blocks, batch_size: int = 16) -> dict[str, float]:
+    """The prediction discrepancy and its companions at the masked positions of held-out blocks.
+
+    Args:
+        student, teacher: models with their heads over one vocabulary; put in eval mode for the measure.
+        blocks: held-out blocks with fixed `labels`, as `load_corpus` returns for validation.
+        batch_size: blocks a forward; changes nothing but memory.
+
+    Returns:
+        kl: KL(teacher || student), nats a masked token, mean (the paper's discrepancy); 0.0 if identical.
+        agreement: share of masked tokens on which the first guesses agree; 1.0 if identical.
+        mlm: the student's masked-token loss in nats, teacher_mlm the teacher's.
+        accuracy, teacher_accuracy: share of masked tokens guessed right.
+        hidden: mean squared difference between the teacher's hidden states and the best linear map of the
+            student's (least squares over these tokens, so that any two widths compare), mean over
+            layers and elements; 0.0 if identical, to rounding.
+
+    Raises:
+        ValueError: no blocks, or no masked position in them.
+    """
+    modes = student.training, teacher.training
+    student.eval(), teacher.eval()
+    sums: dict[str, Tensor] = {}
+    fits: list[_LinearFit] = []
+    positions = 0
+    for batch in batches(blocks, batch_size, device=student.device):
+        looked_at = batch["labels"] != IGNORED
+        labels, count = batch["labels"][looked_at], int(looked_at.sum())  # (N,)
+        ours = forward(student, batch["input_ids"], looked_at, batch.get("attention_mask"))
+        theirs = forward(teacher, batch["input_ids"], looked_at, batch.get("attention_mask"))
+        for name, value in _position_means(ours.logits, theirs.logits, labels).items():
+            sums[name] = sums.get(name, 0.0) + value.double() * count
+        positions += count
+        fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
+        real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()
+        for fit, states, targets in zip(fits, ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+            fit.add(states[real], targets[real])
+    student.train(modes[0]), teacher.train(modes[1])
+    if positions == 0:
+        raise ValueError("the held-out blocks have no masked position: pass the validation blocks of load_corpus")
+    means = {name: float(value) / positions for name, value in sums.items()}
+    return means | {"hidden": sum(fit.residual() for fit in fits) / len(fits)}
+
+
+def _position_means(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Everything that is a mean over the masked positions. student, teacher (N, V); labels (N,)."""
+    guess, teacher_guess = student.argmax(-1), teacher.argmax(-1)  # (N,)
+    return {
+        "kl": prediction_loss(student, teacher),
+        "agreement": (guess == teacher_guess).float().mean(),
+        "mlm": mlm_loss(student, labels),
+        "teacher_mlm": mlm_loss(teacher, labels),
+        "accuracy": (guess == labels).float().mean(),
+        "teacher_accuracy": (teacher_guess == labels).float().mean(),
+    }
+
+
+class _LinearFit:
+    """Least squares of teacher states on student states, from running sums: memory flat in tokens."""
+
+    def __init__(self):
+        self.inner = self.cross = self.targets = 0.0  # X'X (Ds, Ds), X'Y (Ds, Dt), sum of Y^2
+        self.elements = 0
+
+    def add(self, states: Tensor, targets: Tensor) -> None:
+        states, targets = states.double(), targets.double()  # (N, Ds), (N, Dt)
+        self.inner = self.inner + F.linear(states.T, states.T)
+        self.cross = self.cross + F.linear(states.T, targets.T)
+        self.targets = self.targets + targets.square().sum()
+        self.elements += targets.numel()
+
+    def residual(self) -> float:
+        """Mean squared error that the best linear map leaves, 0.0 at least."""
+        weights = torch.linalg.lstsq(self.inner, self.cross, driver="gelsd").solution  # (Ds, Dt)
+        explained = (weights * self.cross).sum()
+        return max(0.0, float(self.targets - explained) / self.elements)

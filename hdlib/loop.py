@@ -1,0 +1,294 @@
+"""The loop: HomoDistil's Algorithm 1, each step one call into the file of its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from .config import DistillConfig
+from .data import MaskedBatches, Masking
+from .discrepancy import discrepancy
+from .losses import DistillationLoss, LossTerms
+from .models import forward, recording, student_of
+from .narrowing import narrow
+from .runs import Run
+from .scorers import Scorer, scorer
+from .widths import Widths
+
+
+class Diverged(ArithmeticError):
+    """The loss or its gradient is no longer finite; the message names the step and the term."""
+
+
+def distill(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train,
+    validation,
+    config: DistillConfig,
+    run_dir: str | Path,
+    *,
+    on_step: Callable[[dict], None] | None = None,
+    resume: bool = False,
+) -> Run:
+    """Distil a teacher into a student that starts as its copy and is narrowed on the way (HomoDistil).
+
+    Args:
+        teacher: a model with its MLM head; left as it was.
+        tokenizer: the teacher's.
+        train, validation: blocks from `load_corpus`.
+        config: every number of the run.
+        run_dir: the folder of this run.
+        on_step: called with the record of every step, the one that is also written to metrics.jsonl.
+        resume: go on from the newest sound checkpoint in `run_dir`, or start there if there is none.
+
+    Returns:
+        The finished Run; its student is a stock checkpoint in `run_dir/student`.
+
+    Raises:
+        ValueError: anything that makes the run impossible, before the first step.
+        FileExistsError: `run_dir` holds another run.
+        Diverged: a loss or gradient that is not finite. Checkpoints up to then stay.
+    """
+    target = config.check(teacher, tokenizer, train, validation)
+    accelerator = Accelerator()
+    run = _open_run(accelerator, run_dir, config, teacher, resume)
+    training = _Training.begin(teacher.float().to(accelerator.device), config, run if resume else None)
+    student, loss, optimizer, importance = training.student, training.loss, training.optimizer, training.importance
+    wide, held_out = Widths.of(teacher), validation.take(min(config.eval_blocks, len(validation)))
+    share = (accelerator.process_index, accelerator.num_processes)
+    steps = MaskedBatches(train, Masking.of(tokenizer, config.mask_probability), config.batch_size, config.seed, share)
+    batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
+    with _Reporter(accelerator, run, training, config, on_step) as report, recording(teacher, student):
+        if training.step == 0:
+            report.baseline(Widths.of(student), discrepancy(student, teacher, held_out))
+        for step, batch in enumerate(batches, training.step + 1):
+            started = perf_counter()
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+
+            # 1. Teacher and student read the same masked batch; their heads only what the loss looks at.
+            positions = loss.looked_at(batch["labels"])
+            with _autocast(accelerator, config):
+                with torch.no_grad():
+                    theirs = forward(teacher, batch["input_ids"], positions)
+                ours = forward(student, batch["input_ids"], positions)
+                # 2. The total loss: masked-language modelling and the distillation terms.
+                terms = loss(ours, theirs, batch["labels"])
+            _check_finite(step, terms.named(), run)
+
+            # 3. Backward, and the importance of every neuron while weights and gradients belong together.
+            accelerator.backward(terms.total)
+            _average_gradients(accelerator, optimizer)
+            importance.update(student)
+
+            # 4. The optimiser's step.
+            norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)
+            _check_finite(step, {"gradient norm": norm}, run)
+            optimizer.step()
+            training.learning_rate.step()
+            optimizer.zero_grad()
+
+            # 5. Keep the most important neurons, as many as the schedule leaves.
+            widths = config.widths_at(step, wide, target)
+            if widths != Widths.of(student):
+                kept = narrow(student, widths, importance.scores(), optimizer)
+                importance.narrow(kept)
+                loss.narrow(kept, optimizer)
+
+            training.done(step, perf_counter() - started)
+            due = step % config.eval_every == 0 or step == config.steps
+            measured = discrepancy(student, teacher, held_out) if due else {}
+            report.step(terms, norm, widths, measured)
+            if step % config.checkpoint_every == 0 and step < config.steps:
+                report.checkpoint(tokenizer)
+    if Widths.of(student) != target:
+        raise RuntimeError(f"asked for {target}, got {Widths.of(student)}")
+    if accelerator.is_main_process:
+        run.save_student(student, tokenizer)
+    accelerator.wait_for_everyone()
+    return run
+
+
+class _Training:
+    """All that changes while training: what a checkpoint must hold."""
+
+    def __init__(self, student: PreTrainedModel, loss: DistillationLoss, importance: Scorer, config: DistillConfig):
+        self.student, self.loss, self.importance = student, loss, importance
+        self.optimizer = _optimizer(student, loss, config)
+        self.learning_rate = get_linear_schedule_with_warmup(
+            self.optimizer, round(config.warmup * config.steps), config.steps
+        )
+        self.step, self.seconds, self.last_seconds = 0, 0.0, 0.0
+
+    @classmethod
+    def begin(cls, teacher: PreTrainedModel, config: DistillConfig, resumed: Run | None) -> _Training:
+        """Step 0, or where the newest sound checkpoint of a run left off."""
+        for folder in reversed(resumed.checkpoints() if resumed else []):
+            try:
+                return cls._from_checkpoint(folder, teacher, config, resumed)
+            except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
+                tqdm.write(f"{folder} cannot be read ({error}); going on from the one before")
+        if resumed:
+            resumed.rewind(-1)
+        importance = scorer(config.scorer, smoothing=config.smoothing)
+        return cls(student_of(teacher), _loss(teacher, Widths.of(teacher), config).to(teacher.device), importance, config)
+
+    @classmethod
+    def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
+        state = torch.load(folder / "training_state.pt", map_location=teacher.device, weights_only=True)
+        student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
+        loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
+        loss.load_state_dict(state["loss"])
+        importance = scorer(config.scorer, smoothing=config.smoothing)
+        importance.load_state_dict(state["importance"])
+        training = cls(student.requires_grad_(True).eval(), loss, importance, config)
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.learning_rate.load_state_dict(state["learning_rate"])
+        training.step, training.seconds = state["step"], state["seconds"]
+        run.rewind(training.step)
+        return training
+
+    def done(self, step: int, seconds: float) -> None:
+        self.step, self.last_seconds, self.seconds = step, seconds, self.seconds + seconds
+
+    def state(self) -> dict:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": self.loss.state_dict(),
+            "importance": self.importance.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+        }
+
+
+class _Reporter:
+    """Tells what happens: metrics.jsonl, the progress bar, checkpoints, and whoever asked through on_step."""
+
+    def __init__(self, accelerator: Accelerator, run: Run, training: _Training, config: DistillConfig, on_step):
+        self.run, self.training, self.on_step = run, training, on_step or (lambda record: None)
+        self.main = accelerator.is_main_process
+        self.bar = tqdm(
+            total=config.steps, initial=training.step, desc="distilling", unit="step", disable=not self.main
+        )
+        self.last = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def baseline(self, widths: Widths, measured: dict) -> None:
+        self._tell({"step": 0, "seconds": 0.0, "elapsed": 0.0} | _widths_record(widths) | _held_out(measured))
+
+    def step(self, terms: LossTerms, norm: torch.Tensor, widths: Widths, measured: dict) -> None:
+        training = self.training
+        record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds}
+        record |= {name: value.item() for name, value in terms.named().items()}
+        record |= {"gradient_norm": norm.item(), "learning_rate": training.learning_rate.get_last_lr()[0]}
+        self._tell(record | _widths_record(widths) | _held_out(measured))
+        self.bar.update()
+
+    def checkpoint(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.main:
+            self.run.save_checkpoint(self.training.step, self.training.student, tokenizer, self.training.state())
+
+    def _tell(self, record: dict) -> None:
+        if not self.main:
+            return
+        self.run.log(record)
+        self.last |= record
+        shown = {"width": f"{record['hidden_size']}/{record['intermediate_size']}"}
+        shown |= {"loss": f"{self.last['total']:.3f}"} if "total" in self.last else {}
+        self.bar.set_postfix(shown | {"discrepancy": f"{self.last['held_out_kl']:.3f}"}, refresh=False)
+        self.on_step(record)
+
+
+def _open_run(accelerator: Accelerator, run_dir, config: DistillConfig, teacher, resume: bool) -> Run:
+    arguments = {"config": config.to_dict(), "teacher": teacher.config.name_or_path or type(teacher).__name__}
+    exists = (Path(run_dir) / "run.json").exists()
+    if resume and exists:
+        run = Run.load(run_dir)
+        theirs, ours = run.arguments["config"], arguments["config"]
+        changed = [f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+        if changed:
+            raise ValueError(f"{run_dir} holds a run of another config: {'; '.join(changed)}")
+        return run
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        Run.start(run_dir, arguments)
+    accelerator.wait_for_everyone()
+    return Run.load(run_dir)
+
+
+def _loss(teacher: PreTrainedModel, widths: Widths, config: DistillConfig) -> DistillationLoss:
+    return DistillationLoss(
+        teacher.config.hidden_size,
+        teacher.config.num_hidden_layers,
+        widths.heads,
+        student_hidden_size=widths.hidden,
+        **config.loss_options(),
+    )
+
+
+def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: DistillConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms and the projections (decay would pull them off the identity) do not decay."""
+    parameters = list(student.parameters())
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _average_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """The gradient of the global batch on every process, so that all rank the same neurons highest.
+
+    Explicit instead of DistributedDataParallel, which would have to be wrapped anew after every prune.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in _parameters(optimizer):
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+
+def _autocast(accelerator: Accelerator, config: DistillConfig):
+    if config.precision == "float32":
+        return nullcontext()
+    return torch.autocast(accelerator.device.type, torch.bfloat16)
+
+
+def _check_finite(step: int, values: dict[str, torch.Tensor], run: Run) -> None:
+    broken = [name for name, value in values.items() if not torch.isfinite(value)]
+    if broken:
+        name = next((name for name in broken if name != "total"), broken[0])
+        saved = run.checkpoints()
+        raise Diverged(
+            f"step {step}: {name} is {values[name].item()}; nothing of this step was applied. "
+            + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
+            + "A lower learning_rate or a longer warmup is the usual way out."
+        )
+
+
+def _widths_record(widths: Widths) -> dict[str, int]:
+    names = {"hidden": "hidden_size", "ffn": "intermediate_size", "head_dim": "head_dim", "heads": "num_heads"}
+    return {names[name]: width for name, width in asdict(widths).items()}
+
+
+def _held_out(measured: dict[str, float]) -> dict[str, float]:
+    return {f"held_out_{name}": value for name, value in measured.items()}
+
+

@@ -1,0 +1,262 @@
+"""The five terms of the distillation loss: small pure functions and their weighted sum.
+
+Shapes: B batch, S tokens, N positions the loss looks at, V vocabulary, L layers, H heads, D hidden
+width (Dt of the teacher, Ds of the student). Every distillation term is exactly 0.0 for identical
+models in float32 without dropout; nothing here knows of pruning beyond following it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
+IGNORED = -100  # label of a position that is not predicted
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Half precision is too coarse for differences of near-equal numbers: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class QueryKey(NamedTuple):
+    """What a layer's attention scores are made of: (B, H, S, head_dim) each, the query already scaled."""
+
+    query: Tensor
+    key: Tensor
+
+    def scores(self) -> Tensor:
+        """Attention scores before the softmax and without mask, (B, H, S, S)."""
+        return self.query @ self.key.transpose(-1, -2)
+
+
+def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the masked tokens, in nats, mean over them. logits (N, V), labels (N,)."""
+    return F.cross_entropy(_precise(logits), labels)
+
+
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) over the vocabulary, in nats, mean over positions; 0.0 if identical.
+
+    Args:
+        student, teacher: logits (N, V).
+        temperature: T, divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015).
+    """
+    log_student = F.log_softmax(_precise(student) / temperature, -1)  # (N, V)
+    log_teacher = F.log_softmax(_precise(teacher) / temperature, -1)  # (N, V)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of (B, S, D) states over all elements of real tokens; 0.0 if identical."""
+    if attention_mask is None:
+        return F.mse_loss(_precise(student), _precise(teacher))
+    real = attention_mask.bool()
+    return F.mse_loss(_precise(student[real]), _precise(teacher[real]))
+
+
+def attention_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of (B, H, S, S) scores or probabilities; 0.0 if identical.
+
+    The mean runs over all heads and all pairs of real tokens: a pair with padding in it does not count.
+    """
+    if attention_mask is None:
+        return F.mse_loss(_precise(student), _precise(teacher))
+    real = attention_mask.bool()
+    pairs = (real[:, None, :, None] & real[:, None, None, :]).expand_as(student)  # (B, H, S, S)
+    return F.mse_loss(_precise(student[pairs]), _precise(teacher[pairs]))
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The weighted sum and each term before weighting; None for a term whose weight is 0."""
+
+    total: Tensor
+    mlm: Tensor | None = None
+    prediction: Tensor | None = None
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
+    embedding: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The terms that were computed, by name, the total first."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class DistillationLoss(nn.Module):
+    """mlm + prediction + hidden + attention + embedding, each with its weight (HomoDistil, total loss).
+
+    The hidden and embedding terms compare in the teacher's space, through one learned projection
+    (Ds, Dt) for each layer and one for the embedding output. They start as the identity, so that both
+    terms are exactly 0.0 while the student is its teacher, and lose rows as the student loses neurons.
+
+    Args:
+        hidden_size: Dt.
+        num_layers: L.
+        mlm, prediction, hidden, attention, embedding: weights, at least 0. A term of weight 0 is not
+            computed.
+        temperature: of the prediction term.
+        attention_target: "scores" before the softmax (TinyBERT's choice), or "probs" after it.
+        positions: "masked", the prediction term where labels are; or "all" real tokens.
+        student_hidden_size: Ds at the start, if the student is narrower already.
+        num_heads: H, of the teacher.
+
+    Raises:
+        ValueError: a negative weight, no positive one, or an unknown choice.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        mlm: float = 1.0,
+        prediction: float = 1.0,
+        hidden: float = 1.0,
+        attention: float = 1.0,
+        embedding: float = 1.0,
+        temperature: float = 1.0,
+        attention_target: str = "scores",
+        positions: str = "masked",
+        student_hidden_size: int | None = None,
+    ):
+        super().__init__()
+        self.weights = dict(zip(TERMS, (mlm, prediction, hidden, attention, embedding), strict=True))
+        if min(self.weights.values()) < 0 or max(self.weights.values()) == 0:
+            raise ValueError(f"loss weights are at least 0 and not all 0; got {self.weights}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0; got {temperature}")
+        if attention_target not in ("scores", "probs"):
+            raise ValueError(f"attention_target is 'scores' or 'probs'; got {attention_target!r}")
+        if positions not in ("masked", "all"):
+            raise ValueError(f"positions is 'masked' or 'all'; got {positions!r}")
+        self.temperature, self.attention_target, self.positions = temperature, attention_target, positions
+        identity = torch.eye(student_hidden_size or hidden_size, hidden_size)  # (Ds, Dt)
+        self.embedding_projection = nn.Parameter(identity.clone())
+        self.hidden_projections = nn.ParameterList(identity.clone() for _ in range(num_layers))
+        # Which of the teacher's heads each of the student's heads is: (L, H)
+        self.register_buffer("heads", torch.arange(num_heads).repeat(num_layers, 1))
+
+    def forward(self, student, teacher, labels: Tensor, attention_mask: Tensor | None = None) -> LossTerms:
+        """Compare two models on one batch.
+
+        Args:
+            student, teacher: Hugging Face outputs with `logits`, `hidden_states` (L + 1 of them) and
+                `attentions`, as `hdlib.forward` gives them: L QueryKey pairs. The logits are (B, S, V),
+                or (N, V) for the positions the loss looks at. Attention probabilities (B, H, S, S) do
+                for attention_target="probs".
+            labels: (B, S), the token to predict, or -100 where nothing is predicted.
+            attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
+
+        Raises:
+            ValueError: no label at all; layers missing or not the same number on both sides (an empty
+                tuple would make a term silently 0); logits of another number of positions.
+        """
+        weights, terms = self.weights, {}
+        if not (labels != IGNORED).any():
+            raise ValueError("no position of this batch has a label: nothing was masked")
+        if weights["mlm"] or weights["prediction"]:
+            looked_at = self.looked_at(labels, attention_mask)
+            student_logits = _at(student.logits, looked_at, "student")  # (N, V)
+            if weights["mlm"]:
+                labelled = labels[looked_at]  # (N,), -100 where only the prediction term looks
+                terms["mlm"] = mlm_loss(student_logits, labelled)
+            if weights["prediction"]:
+                teacher_logits = _at(teacher.logits, looked_at, "teacher")  # (N, V)
+                terms["prediction"] = prediction_loss(student_logits, teacher_logits, self.temperature)
+        if weights["hidden"] or weights["embedding"]:
+            _same_layers("hidden states", student.hidden_states, teacher.hidden_states, len(self.heads) + 1)
+        if weights["hidden"]:
+            terms["hidden"] = sum(
+                state_loss(states @ projection, target, attention_mask)  # (B, S, Ds) @ (Ds, Dt)
+                for projection, states, target in zip(
+                    self.hidden_projections, student.hidden_states[1:], teacher.hidden_states[1:], strict=True
+                )
+            )
+        if weights["attention"]:
+            _same_layers("attentions", student.attentions, teacher.attentions, len(self.heads))
+            terms["attention"] = sum(
+                attention_loss(
+                    self._attention(ours, attention_mask),
+                    self._attention(_select_heads(theirs, heads), attention_mask),
+                    attention_mask,
+                )
+                for heads, ours, theirs in zip(self.heads, student.attentions, teacher.attentions, strict=True)
+            )
+        if weights["embedding"]:
+            projected = student.hidden_states[0] @ self.embedding_projection  # (B, S, Dt)
+            terms["embedding"] = state_loss(projected, teacher.hidden_states[0], attention_mask)
+        return LossTerms(total=sum(weights[name] * value for name, value in terms.items()), **terms)
+
+    def looked_at(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The positions whose logits the loss needs, (B, S) of bool."""
+        if self.positions == "masked":
+            return labels != IGNORED
+        return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+    @torch.no_grad()
+    def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Let projections and head pairing follow a prune; `kept` is what `hdlib.narrow` returned."""
+        from .narrowing import replace_parameter  # the one thing shared with it: exchanging a parameter
+
+        def rows(tensor):
+            return tensor.index_select(0, kept["hidden"].to(tensor.device))
+
+        sites = [(self, "embedding_projection")] + [(self.hidden_projections, str(i)) for i in range(len(self.heads))]
+        for module, name in sites:
+            old = module._parameters[name]
+            replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
+        layers = [kept[f"layer.{layer}.heads"].to(self.heads.device) for layer in range(len(self.heads))]
+        self.heads = torch.stack([heads[keep] for heads, keep in zip(self.heads, layers, strict=True)])
+
+    def _attention(self, recorded, attention_mask: Tensor | None) -> Tensor:
+        """Scores or probabilities (B, H, S, S) of one layer, from what the model recorded."""
+        if not isinstance(recorded, QueryKey):
+            if self.attention_target == "scores":
+                raise ValueError(
+                    "the attention term needs scores before the softmax, but these outputs hold probabilities: "
+                    'use hdlib.forward, or attention_target="probs"'
+                )
+            return recorded
+        scores = recorded.scores()
+        if self.attention_target == "scores":
+            return scores
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))
+        return scores.softmax(-1)
+
+
+def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
+    """The logits of the positions looked at, (N, V), whether the model gave all of them or only those."""
+    if logits.dim() == 3:
+        return logits[positions]
+    if len(logits) != int(positions.sum()):
+        raise ValueError(f"the {who} gave logits for {len(logits)} positions, the loss looks at {int(positions.sum())}")
+    return logits
+
+
+def _select_heads(recorded, heads: Tensor):
+    """The teacher's heads that the student still has, in its order."""
+    if heads.equal(torch.arange(_num_heads(recorded), device=heads.device)):
+        return recorded
+    if isinstance(recorded, QueryKey):
+        return QueryKey(recorded.query[:, heads], recorded.key[:, heads])
+    return recorded[:, heads]
+
+
+def _num_heads(recorded) -> int:
+    return (recorded.query if isinstance(recorded, QueryKey) else recorded).shape[1]
+
+
+def _same_layers(what: str, student, teacher, expected: int) -> None:
+    counts = [0 if layers is None else len(layers) for layers in (student, teacher)]
+    if counts != [expected, expected]:
+        raise ValueError(
+            f"the loss compares {expected} {what}, but the student gave {counts[0]} and the teacher {counts[1]}; "
+            "hdlib.forward makes a model record them"
+        )

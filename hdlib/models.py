@@ -1,0 +1,190 @@
+"""Teachers, students as their copies, and the one forward that records what the loss compares."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .losses import QueryKey
+from .widths import family
+
+EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
+RECORDING = "hdlib_recording"  # the name our attention function is registered under
+# Vocabularies are often padded to a round number of rows; this many unused rows are no mismatch.
+UNUSED_ROWS = 1024
+
+
+def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pre-trained masked language model and its tokenizer.
+
+    Args:
+        name_or_path: "embedded" for the small teacher that comes with the library, a local folder, or a
+            model name on the hub.
+
+    Returns:
+        (model, tokenizer): the model in float32 whatever it is stored in, in eval mode.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a hub name that cannot be reached.
+        ValueError: no masked-language-model head in the checkpoint (names the missing weights), or a
+            tokenizer of another vocabulary.
+        UnsupportedArchitecture: a family without a table of width groups.
+    """
+    source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
+    _check_reachable(source)
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no masked language model with its tokenizer could be loaded from {source}: {error}") from error
+    family(model)
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"the checkpoint {source} lacks weights that a masked language model needs: {', '.join(missing)}. They would "
+            "be random, and a teacher that guesses teaches nothing: take a checkpoint that was saved with its MLM head."
+        )
+    check_vocabulary(tokenizer, model)
+    return model.eval(), tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise ValueError unless tokenizer and model can belong together."""
+    rows, tokens = model.config.vocab_size, len(tokenizer)
+    if tokens > rows or rows - tokens > UNUSED_ROWS:
+        raise ValueError(
+            f"tokenizer and teacher do not belong together: the tokenizer has {tokens} entries, the teacher's "
+            f"embedding {rows} rows. Take the tokenizer that was saved with the teacher."
+        )
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token: masked language modelling needs one")
+    pads = (tokenizer.pad_token_id, model.config.pad_token_id)
+    if None not in pads and pads[0] != pads[1]:
+        raise ValueError(
+            f"tokenizer and teacher do not belong together: padding is token {pads[0]} for the tokenizer and "
+            f"{pads[1]} for the teacher."
+        )
+
+
+def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
+    """The student at step 0: a copy of the teacher with float32 weights, all of them trainable.
+
+    It is in eval mode and is trained in it: dropout stays off, so that identical models give identical
+    outputs, while the config keeps the teacher's dropout for whoever fine-tunes the result.
+    """
+    return deepcopy(teacher).float().requires_grad_(True).eval()
+
+
+@contextmanager
+def recording(*models: PreTrainedModel):
+    """Let models hand back queries and keys as `attentions`, then restore how they attended.
+
+    Eager attention would hold (B, H, S, S) probabilities; SDPA hands back nothing. This runs SDPA and
+    returns what the scores before the softmax are made of. Outputs are those of SDPA.
+    """
+    before = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation(RECORDING)
+    try:
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)
+
+
+def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None = None, attention_mask=None):
+    """Run a model so that its outputs hold everything `DistillationLoss` compares.
+
+    Args:
+        model: a model of a supported family with its head.
+        input_ids: (B, S).
+        positions: (B, S) of bool; the head runs at these N positions only and the logits are (N, V).
+            None: everywhere, (B, S, V).
+        attention_mask: (B, S), or None if there is no padding.
+
+    Returns:
+        Hugging Face outputs with `logits`, `hidden_states` (L + 1 of (B, S, D)) and `attentions` (L
+        QueryKey pairs).
+    """
+    with _recording_once(model), _head_at(model, positions):
+        return model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, output_attentions=True
+        )
+
+
+@contextmanager
+def _recording_once(model: PreTrainedModel):
+    """`recording`, unless the caller has switched the model already (the loop does, once for all steps)."""
+    if model.config._attn_implementation == RECORDING:
+        yield
+    else:
+        with recording(model):
+            yield
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, positions: Tensor | None):
+    """Let the head see the last hidden state (B, S, D) at some positions only, as (N, D).
+
+    The vocabulary is the most expensive layer: at 15 % of the positions it costs 15 %, and no
+    (B, S, V) tensor is ever made.
+    """
+    if positions is None:
+        yield
+        return
+    head = model.get_submodule(family(model).head)
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _attend_and_record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """SDPA that also hands back the scaled query and the key.
+
+    On CPUs, SDPA's backward is several times slower in bfloat16 than in float32, so it runs in float32.
+    """
+    kwargs.pop("output_attentions", None)  # SDPA would warn that it cannot; this function is how we can
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu":
+        query, key, value = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, QueryKey(query * scaling, key)
+
+
+AttentionInterface.register(RECORDING, _attend_and_record)
+AttentionMaskInterface.register(RECORDING, sdpa_mask)
+
+
+def _check_reachable(source: str) -> None:
+    """Fail in words, and at once, for a path that is not there or a hub that cannot be reached."""
+    if Path(source).exists() or try_to_load_from_cache(source, "config.json"):
+        return
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no folder {source}")
+    try:
+        HfApi().model_info(source, timeout=5)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source!r} is no local folder, and the hub could not be asked for a model of that name "
+            f'({type(error).__name__}). Pass a local folder saved by save_pretrained, or "embedded".'
+        ) from error

@@ -1,0 +1,105 @@
+"""Figures of recorded runs. Everything is drawn from run folders, never from live objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .losses import TERMS
+from .runs import Run
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and here by line style in grey print too.
+COLOURS = {
+    "blue": "#0072B2",
+    "orange": "#D55E00",
+    "green": "#009E73",
+    "pink": "#CC79A7",
+    "yellow": "#E69F00",
+    "grey": "#666666",
+}
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+LABELS = {
+    "mlm": "masked words (MLM)",
+    "prediction": "prediction (KL)",
+    "hidden": "hidden states",
+    "attention": "attention scores",
+    "embedding": "embedding",
+}
+
+
+def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | None = None) -> Figure:
+    """Prediction discrepancy (above) and hidden width (below) along the steps.
+
+    Args:
+        runs: one run, or several by the name they shall have in the legend.
+        axes: two axes to draw into; a new figure where none are given.
+
+    Returns:
+        The figure. A run without a record yet gives empty axes that say so.
+    """
+    runs = {"": runs} if isinstance(runs, Run) else runs
+    upper, lower = axes if axes is not None else _two_axes()
+    for (name, run), colour, style in zip(runs.items(), _cycle(COLOURS.values()), _cycle(STYLES), strict=False):
+        metrics = run.metrics
+        if metrics.empty:
+            continue
+        measured = metrics["held_out_kl"].dropna()
+        upper.plot(measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, label=name)
+        lower.step(metrics.index, metrics["hidden_size"], where="post", color=colour, linestyle=style)
+    _finish(upper, "KL(teacher ‖ student)\nnats per masked word, held out")
+    _finish(lower, "hidden width\nneurons")
+    lower.set_xlabel("step")
+    lower.set_ylim(bottom=0)
+    upper.set_ylim(bottom=0)
+    if any(runs):
+        upper.legend(frameon=False)
+    return upper.figure
+
+
+def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
+    """Every loss term along the steps, before weighting, on a logarithmic axis.
+
+    Args:
+        run: finished or not.
+        axes: where to draw; a new figure if None.
+        window: steps of the running median through which each curve is drawn; the raw values stand behind it.
+    """
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    metrics = run.metrics
+    for term, colour, style in zip(TERMS, COLOURS.values(), STYLES, strict=False):
+        if term in metrics:
+            values = metrics[term].dropna()
+            values = values[values > 0]  # exactly 0 before the first step and the first prune: no logarithm
+            axes.plot(values.index, values, color=colour, alpha=0.2, linewidth=0.8)
+            smooth = values.rolling(window, min_periods=1, center=True).median()
+            axes.plot(smooth.index, smooth, color=colour, linestyle=style, label=LABELS[term])
+    _finish(axes, "loss term, before weighting")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    if axes.lines:
+        axes.legend(frameon=False, ncols=2, fontsize="small")
+    return axes.figure
+
+
+def _two_axes() -> tuple[Axes, Axes]:
+    _, (upper, lower) = plt.subplots(
+        2, 1, sharex=True, figsize=(7, 4.6), height_ratios=[2, 1], layout="constrained"
+    )
+    return upper, lower
+
+
+def _cycle(values):
+    values = list(values)
+    return values * 20
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "nothing recorded yet", ha="center", va="center", transform=axes.transAxes, color="#666666")

@@ -1,0 +1,155 @@
+"""Runs are folders: what a training did, in files that outlive it.
+
+    run.json                    arguments, versions, teacher, data; written before the first step
+    metrics.jsonl               one line of JSON for each logged step
+    checkpoints/step_00000400/  a stock model folder, the tokenizer, and training_state.pt beside them
+    student/                    the result, a stock model folder
+
+Folders are written under a temporary name and renamed, so that what has its name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+class Run:
+    """A run folder, opened. Everything is read from files when asked for, nothing is kept alive."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Open a run folder, finished or not.
+
+        Raises:
+            FileNotFoundError: no run.json there.
+        """
+        run = cls(folder)
+        if not run._file("run.json").exists():
+            raise FileNotFoundError(f"{folder} is no run folder: it holds no run.json")
+        return run
+
+    @classmethod
+    def start(cls, folder: str | Path, arguments: dict) -> Run:
+        """Make a new run folder. Raises FileExistsError if another run is there."""
+        run = cls(folder)
+        if run._file("run.json").exists():
+            raise FileExistsError(
+                f"{folder} already holds a run; pass resume=True to go on with it, or another folder for a new one"
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        description = {"arguments": arguments, "versions": _versions(), "machine": _machine()}
+        _write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
+        return run
+
+    @property
+    def description(self) -> dict:
+        """Arguments, versions and machine, as they were when the run started."""
+        return json.loads(self._file("run.json").read_text())
+
+    @property
+    def arguments(self) -> dict:
+        return self.description["arguments"]
+
+    @property
+    def metrics(self):
+        """Every logged step as a pandas DataFrame, indexed by step; empty before the first."""
+        import pandas as pd
+
+        records = self.records()
+        return pd.DataFrame(records).set_index("step") if records else pd.DataFrame()
+
+    def records(self) -> list[dict]:
+        """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
+        path = self._file("metrics.jsonl")
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    @property
+    def finished(self) -> bool:
+        return self._file("student").is_dir()
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the result lies: a folder that AutoModelForMaskedLM.from_pretrained opens."""
+        if not self.finished:
+            raise FileNotFoundError(f"{self.folder} holds no student yet: the run has not finished")
+        return self._file("student")
+
+    def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The result and its tokenizer, through the stock classes."""
+        model = AutoModelForMaskedLM.from_pretrained(self.student_folder, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(self.student_folder)
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoint folders, oldest first."""
+        return sorted(path for path in self._file("checkpoints").glob("step_*") if path.suffix != ".tmp")
+
+    def log(self, record: dict) -> None:
+        """Append one line to metrics.jsonl."""
+        with self._file("metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int = 2) -> None:
+        """Save model, tokenizer and training state as of after `step`; keep the newest `keep` of them."""
+        folder = self._file("checkpoints") / f"step_{step:08d}"
+        _save_folder(folder, model, tokenizer, state)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def save_student(self, model, tokenizer) -> None:
+        _save_folder(self._file("student"), model, tokenizer)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run logs it again."""
+        lines = [json.dumps(record) for record in self.records() if record["step"] <= step]
+        _write_whole(self._file("metrics.jsonl"), "".join(line + "\n" for line in lines))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name
+
+
+def _save_folder(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if state is not None:
+        torch.save(state, temporary / "training_state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def _machine() -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def save_result(folder: str | Path, result: dict) -> Path:
+    """Write a notebook's result to `folder/result.json`; raises ValueError for a number that is not finite."""
+    path = Path(folder) / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return path

@@ -1,0 +1,196 @@
+"""Loss terms against hand-written NumPy, and what must be refused."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import hdlib
+from conftest import random_batch, random_bert
+from hdlib.losses import QueryKey, attention_loss, mlm_loss, prediction_loss, state_loss
+from hdlib.models import forward
+from invariants import loss_for
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_prediction_loss_is_the_mean_kl_of_teacher_from_student(temperature):
+    student, teacher = torch.randn(7, 11), torch.randn(7, 11)
+    p, q = softmax(teacher.numpy() / temperature), softmax(student.numpy() / temperature)
+    expected = (p * np.log(p / q)).sum(-1).mean() * temperature**2
+    assert prediction_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert prediction_loss(teacher, teacher, temperature).item() == 0.0
+    assert prediction_loss(student, teacher).item() != pytest.approx(prediction_loss(teacher, student).item(), rel=1e-3)
+
+
+def test_mlm_loss_is_the_mean_negative_log_probability():
+    logits, labels = torch.randn(5, 9), torch.tensor([0, 8, 3, 3, 1])
+    expected = -np.log(softmax(logits.numpy())[np.arange(5), labels.numpy()]).mean()
+    assert mlm_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_padding_does_not_count():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    ours, theirs = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    errors = (ours - theirs).numpy() ** 2
+    assert state_loss(ours, theirs, mask).item() == pytest.approx(errors[mask.numpy() == 1].mean(), rel=1e-6)
+    scores, targets = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
+    errors = (scores - targets).numpy() ** 2
+    real = np.concatenate([errors[0, :, :3, :3].ravel(), errors[1, :, :2, :2].ravel()])
+    assert attention_loss(scores, targets, mask).item() == pytest.approx(real.mean(), rel=1e-6)
+
+
+def test_the_sum_of_the_terms_by_hand():
+    """Two narrow random models: every term recomputed from plain tensors."""
+    teacher, student = random_bert(seed=0), random_bert(seed=1)
+    input_ids, labels = random_batch()
+    loss = loss_for(teacher, mlm=0.5, prediction=2.0, hidden=3.0, attention=0.25, embedding=4.0)
+    with torch.no_grad():
+        for projection in loss.parameters():
+            projection.add_(0.1 * torch.randn_like(projection))
+    theirs, ours = forward(teacher, input_ids), forward(student, input_ids)
+    terms = loss(ours, theirs, labels)
+    masked = labels != -100
+    hidden = [
+        ((s @ w - t) ** 2).mean()
+        for s, t, w in zip(ours.hidden_states[1:], theirs.hidden_states[1:], loss.hidden_projections, strict=True)
+    ]
+    attention = [
+        ((s.query @ s.key.mT - t.query @ t.key.mT) ** 2).mean()
+        for s, t in zip(ours.attentions, theirs.attentions, strict=True)
+    ]
+    expected = {
+        "mlm": mlm_loss(ours.logits[masked], labels[masked]),
+        "prediction": prediction_loss(ours.logits[masked], theirs.logits[masked]),
+        "hidden": sum(hidden),
+        "attention": sum(attention),
+        "embedding": ((ours.hidden_states[0] @ loss.embedding_projection - theirs.hidden_states[0]) ** 2).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(terms, name), value, rtol=1e-5, atol=1e-6)
+    total = sum(loss.weights[name] * value for name, value in expected.items())
+    torch.testing.assert_close(terms.total, total, rtol=1e-5, atol=1e-5)
+
+
+def test_recorded_scores_are_those_of_eager_attention():
+    """Without a mask, log-probabilities of eager attention differ from our scores by a constant a row."""
+    model = random_bert()
+    input_ids, _ = random_batch()
+    recorded = forward(model, input_ids).attentions
+    model.set_attn_implementation("eager")
+    eager = model(input_ids, output_attentions=True).attentions
+    for pair, probabilities in zip(recorded, eager, strict=True):
+        torch.testing.assert_close(pair.scores().softmax(-1), probabilities, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing_for_the_recording_forward():
+    model = random_bert()
+    input_ids, _ = random_batch()
+    mask = torch.ones_like(input_ids)
+    mask[0, 10:] = 0
+    expected = model(input_ids, attention_mask=mask).logits
+    assert torch.equal(forward(model, input_ids, attention_mask=mask).logits, expected)
+    assert not torch.allclose(forward(model, input_ids).logits[0], expected[0])
+
+
+def test_logits_at_the_labels_only():
+    model = random_bert()
+    input_ids, labels = random_batch()
+    few = forward(model, input_ids, labels != -100)
+    assert few.logits.shape == (int((labels != -100).sum()), 60)
+    torch.testing.assert_close(few.logits, model(input_ids).logits[labels != -100])
+    teacher = forward(random_bert(seed=5), input_ids)
+    all_of_them = loss_for(model)(forward(model, input_ids), teacher, labels)
+    torch.testing.assert_close(loss_for(model)(few, teacher, labels).total, all_of_them.total)
+
+
+def test_prediction_at_all_positions_takes_them_all():
+    model, teacher = random_bert(), random_bert(seed=5)
+    input_ids, labels = random_batch()
+    loss = loss_for(model, positions="all")
+    ours, theirs = forward(model, input_ids), forward(teacher, input_ids)
+    expected = prediction_loss(ours.logits.flatten(0, 1), theirs.logits.flatten(0, 1))
+    terms = loss(ours, theirs, labels)
+    torch.testing.assert_close(terms.prediction, expected)
+    torch.testing.assert_close(terms.mlm, mlm_loss(ours.logits[labels != -100], labels[labels != -100]))
+
+
+def test_a_term_of_weight_zero_is_left_out():
+    model, teacher = random_bert(), random_bert(seed=5)
+    input_ids, labels = random_batch()
+    terms = loss_for(model, attention=0, hidden=0)(forward(model, input_ids), forward(teacher, input_ids), labels)
+    assert terms.attention is None and terms.hidden is None
+    assert set(terms.named()) == {"total", "mlm", "prediction", "embedding"}
+
+
+def test_attention_probabilities_as_the_target():
+    model, teacher = random_bert(), random_bert(seed=5)
+    input_ids, labels = random_batch()
+    loss = loss_for(model, attention_target="probs")
+    recorded = loss(forward(model, input_ids), forward(teacher, input_ids), labels).attention
+    for each in (model, teacher):
+        each.set_attn_implementation("eager")
+    outputs = [
+        each(input_ids, output_attentions=True, output_hidden_states=True) for each in (model, teacher)
+    ]
+    torch.testing.assert_close(loss(*outputs, labels).attention, recorded, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="before the softmax"):
+        loss_for(model)(*outputs, labels)
+
+
+def test_empty_attentions_are_an_error_not_a_zero():
+    """SDPA hands back no attentions: the classic silent failure."""
+    model = random_bert()
+    input_ids, labels = random_batch()
+    plain = SimpleNamespace(**(dict(forward(model, input_ids)) | {"attentions": ()}))
+    with pytest.raises(ValueError, match="the student gave 0"):
+        loss_for(model)(plain, forward(model, input_ids), labels)
+
+
+def test_no_label_is_an_error():
+    model = random_bert()
+    input_ids, labels = random_batch()
+    output = forward(model, input_ids)
+    with pytest.raises(ValueError, match="nothing was masked"):
+        loss_for(model)(output, output, torch.full_like(labels, -100))
+
+
+def test_projections_and_head_pairing_follow_a_prune():
+    model, teacher = random_bert(heads=4, head_dim=6), random_bert(heads=4, head_dim=6)
+    loss = loss_for(teacher)
+    input_ids, labels = random_batch()
+    kept = hdlib.narrow(model, hdlib.Widths(heads=2, head_dim=6))
+    kept["layer.0.heads"] = torch.tensor([1, 3])  # as if these had been kept
+    loss.narrow(kept)
+    assert loss.embedding_projection.shape == (12, 24)
+    assert torch.equal(loss.embedding_projection.data, torch.eye(24)[kept["hidden"]])
+    ours, theirs = forward(model, input_ids), forward(teacher, input_ids)
+    pairs = zip(ours.attentions, theirs.attentions, ([1, 3], [0, 1]), strict=True)
+    expected = sum(((s.scores() - t.scores()[:, heads]) ** 2).mean() for s, t, heads in pairs)
+    torch.testing.assert_close(loss(ours, theirs, labels).attention, expected)
+
+
+def test_query_key_scores_are_scaled_products():
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    expected = torch.einsum("bhid,bhjd->bhij", query, key)
+    torch.testing.assert_close(QueryKey(query, key).scores(), expected)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"mlm": -1.0}, "at least 0"),
+        ({"mlm": 0, "prediction": 0, "hidden": 0, "attention": 0, "embedding": 0}, "not all 0"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"attention_target": "logits"}, "'scores' or 'probs'"),
+        ({"positions": "some"}, "'masked' or 'all'"),
+    ],
+)
+def test_impossible_losses_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        hdlib.DistillationLoss(4, 1, 1, **options)
