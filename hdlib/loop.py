@@ -209,8 +209,9 @@ class _Reporter:
         self.run.log(record)
         self.last |= record
         shown = {"width": f"{record['hidden_size']}/{record['intermediate_size']}"}
-        shown |= {"loss": f"{self.last['total']:.3f}"} if "total" in self.last else {}
-        self.bar.set_postfix(shown | {"discrepancy": f"{self.last['held_out_kl']:.3f}"}, refresh=False)
+        names = {"loss": "total", "discrepancy": "held_out_kl"}
+        shown |= {name: f"{self.last[key]:.3f}" for name, key in names.items() if key in self.last}
+        self.bar.set_postfix(shown, refresh=False)
         self.on_step(record)
 
 

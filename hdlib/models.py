@@ -177,12 +177,13 @@ AttentionMaskInterface.register(RECORDING, sdpa_mask)
 
 def _check_reachable(source: str) -> None:
     """Fail in words, and at once, for a path that is not there or a hub that cannot be reached."""
-    if Path(source).exists() or try_to_load_from_cache(source, "config.json"):
+    if Path(source).exists():
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no folder {source}")
     try:
-        HfApi().model_info(source, timeout=5)
+        if not try_to_load_from_cache(source, "config.json"):
+            HfApi().model_info(source, timeout=5)
     except Exception as error:
         raise FileNotFoundError(
             f"{source!r} is no local folder, and the hub could not be asked for a model of that name "

@@ -1,0 +1,290 @@
+"""What cannot be is refused in words that name the thing and the way out, before any training."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from transformers import BertModel
+
+import hdlib
+from conftest import random_bert, sentences
+from hdlib import DistillConfig, Widths
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A config that would train for two steps if it were let."""
+    return {"steps": 2, "batch_size": 4, "target": 0.5, "eval_blocks": 2}
+
+
+def refused(words: str, error=ValueError):
+    return pytest.raises(error, match=words)
+
+
+# --- the corpus
+
+
+def test_a_corpus_that_is_not_there(tmp_path, tokenizer):
+    with refused("no file or folder", FileNotFoundError):
+        hdlib.load_corpus(tmp_path / "nowhere", tokenizer, 16)
+
+
+def test_a_folder_without_text(tmp_path, tokenizer):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with refused("holds no text.*\\.parquet"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+def test_an_empty_file(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").touch()
+    with refused("empty.txt is empty"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+def test_a_file_of_blank_lines(tmp_path, tokenizer):
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    with refused("too little text for one block"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+@pytest.mark.parametrize("place", [0, 7, 4_194_303, 4_194_305])
+def test_text_that_is_not_utf8(tmp_path, tokenizer, place):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"a" * place + "é".encode("latin-1") + b" word" * 3)
+    with refused(f"latin.txt is not UTF-8 text: byte {place} "):
+        hdlib.load_corpus(path, tokenizer, 16)
+
+
+def test_a_character_cut_off_at_the_end_is_not_utf8(tmp_path, tokenizer):
+    path = tmp_path / "cut.txt"
+    path.write_bytes(b"word " * 10 + "é".encode()[:1])
+    with refused("cut.txt is not UTF-8 text: byte 50 "):
+        hdlib.load_corpus(path, tokenizer, 16)
+
+
+def test_a_character_across_two_reads_is_utf8(tmp_path, tokenizer):
+    path = tmp_path / "whole.txt"
+    path.write_bytes(b"the student learns. " * 209_715 + b"abc" + "é".encode() + b" the end")
+    assert len(hdlib.load_corpus(path, tokenizer, 32)[0]) > 1000
+
+
+def test_a_column_that_is_not_there(tmp_path, tokenizer):
+    pd.DataFrame({"body": sentences(10), "id": range(10)}).to_parquet(tmp_path / "a.parquet")
+    with refused("no column 'text'.*'body'"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+    assert len(hdlib.load_corpus(tmp_path, tokenizer, 16, text_column="body")[0]) > 1
+
+
+def test_lines_that_are_not_json(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
+    with refused("could not be read as json"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+def test_files_of_several_kinds(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "text"}))
+    with refused("several kinds"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+def test_a_hub_corpus_without_network(tokenizer):
+    with refused("'some/corpus' is no local file.*embedded", FileNotFoundError):
+        hdlib.load_corpus("some/corpus", tokenizer, 16)
+
+
+def test_no_tokenizer():
+    with refused("needs the teacher's tokenizer"):
+        hdlib.load_corpus("embedded")
+
+
+def test_blocks_longer_than_the_tokenizer_allows(text_file, tokenizer):
+    with refused("from 8 to the 32 positions"):
+        hdlib.load_corpus(text_file, tokenizer, 64)
+
+
+# --- the teacher
+
+
+def test_a_hub_teacher_without_network():
+    with refused("'some/model' is no local folder.*embedded", FileNotFoundError):
+        hdlib.load_teacher("some/model")
+
+
+def test_a_teacher_that_is_not_there(tmp_path):
+    with refused("there is no folder", FileNotFoundError):
+        hdlib.load_teacher(tmp_path / "nowhere")
+
+
+def test_a_folder_that_holds_no_model(tmp_path):
+    with refused("no masked language model"):
+        hdlib.load_teacher(tmp_path)
+
+
+def test_a_teacher_without_its_head(tmp_path, tokenizer):
+    BertModel(random_bert(vocabulary=len(tokenizer)).config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with refused("lacks weights.*cls.predictions.transform.dense.weight"):
+        hdlib.load_teacher(tmp_path)
+
+
+def test_a_tokenizer_of_another_vocabulary(tmp_path, tokenizer):
+    for vocabulary in (len(tokenizer) - 1, len(tokenizer) + 2000):
+        folder = tmp_path / str(vocabulary)
+        random_bert(vocabulary=vocabulary).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with refused(f"do not belong together.*{len(tokenizer)} entries.*{vocabulary} rows"):
+            hdlib.load_teacher(folder)
+
+
+def test_half_precision_is_trained_in_float32(tmp_path, tokenizer):
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(dtype)
+        random_bert(vocabulary=len(tokenizer)).to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model, _ = hdlib.load_teacher(folder)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_an_unsupported_family():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tiny = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with refused("'t5'; supported: bert", hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(T5ForConditionalGeneration(tiny))
+
+
+def test_a_parameter_that_no_table_knows():
+    model = random_bert()
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(24)))
+    with refused("parameter extra of shape \\(24,\\)", hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(model)
+
+
+# --- widths and scores
+
+
+@pytest.mark.parametrize(
+    "widths, words",
+    [
+        (Widths(hidden=0), "hidden=0 cannot be"),
+        (Widths(hidden=48), "hidden=48 cannot be.*the model's 24"),
+        (Widths(hidden=14), "With 4 heads take hidden=12 or 16"),
+        (Widths(ffn=0), "ffn=0 cannot be"),
+        (Widths(ffn=57), "ffn=57 cannot be.*56"),
+        (Widths(heads=5, hidden=20), "heads=5 cannot be"),
+        (Widths(heads=0), "heads=0 cannot be"),
+        (Widths(hidden=12, heads=4, head_dim=4), "not heads x head_dim"),
+        (Widths(hidden=-12), "hidden=-12 cannot be"),
+        (Widths(ffn=3.5), "ffn=3.5 cannot be"),
+    ],
+)
+def test_a_width_that_cannot_be(widths, words, teacher, tokenizer, blocks, short, tmp_path):
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    with refused(words):
+        hdlib.narrow(teacher, widths)
+    assert all(torch.equal(before[name], parameter) for name, parameter in teacher.named_parameters())
+    with refused(words):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short | {"target": widths}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.5, -0.1])
+def test_a_ratio_that_cannot_be(ratio, teacher):
+    with refused("in \\(0, 1\\]"):
+        Widths.at(teacher, ratio)
+    with refused("target is the fraction"):
+        DistillConfig(target=ratio)
+
+
+def test_a_multiple_that_does_not_fit(teacher):
+    with refused("no multiple of 64"):
+        Widths.at(teacher, 0.5, multiple_of=64)
+
+
+def test_scores_that_cannot_be(teacher):
+    good = {name: torch.ones(group.size) for name, group in hdlib.width_groups(teacher).items()}
+    for change, words in (
+        ({"hidden": torch.ones(3)}, "shape \\(3,\\)"),
+        ({"hidden": torch.full((24,), float("nan"))}, "not all finite"),
+    ):
+        with refused(words):
+            hdlib.narrow(teacher, Widths(hidden=12), good | change)
+    del good["layer.0.ffn"]
+    with refused("no scores for the width group 'layer.0.ffn'"):
+        hdlib.narrow(teacher, Widths(hidden=12), good)
+
+
+def test_an_optimizer_of_another_model(teacher):
+    optimizer = torch.optim.AdamW(random_bert().parameters())
+    with refused("does not hold"):
+        hdlib.narrow(teacher, Widths(hidden=12), None, optimizer)
+    assert teacher.config.hidden_size == 24
+
+
+# --- the run
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"prune_start": 0.7, "prune_end": 0.3}, "start before it ends"),
+        ({"prune_start": 0.5, "prune_end": 0.5}, "start before it ends"),
+        ({"prune_end": 1.2}, "start before it ends"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": -4}, "batch_size must be at least 1"),
+        ({"learning_rate": "3e-4"}, "learning_rate must be of type float; got '3e-4'"),
+        ({"steps": 10.5}, "steps must be of type int"),
+        ({"steps": True}, "steps must be of type int"),
+        ({"schedule": "cosine"}, "schedule is one of cubic"),
+        ({"scorer": "taylor"}, "scorer is one of sensitivity"),
+        ({"precision": "fp8"}, "precision is one of float32"),
+        ({"hidden": -1.0}, "at least 0"),
+        ({"attention_target": "logits"}, "'scores' or 'probs'"),
+        ({"mask_probability": 0.0}, "mask_probability"),
+        ({"target": "small"}, "target is a fraction or Widths"),
+        ({"warmup": 2.0}, "warmup"),
+    ],
+)
+def test_a_config_that_cannot_be(arguments, words):
+    with refused(words):
+        DistillConfig(**arguments)
+
+
+def test_fewer_blocks_than_a_batch(teacher, tokenizer, blocks, short, tmp_path):
+    with refused("3 blocks, fewer than one batch of 4"):
+        hdlib.distill(teacher, tokenizer, blocks[0].take(3), blocks[1], DistillConfig(**short), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_longer_than_the_teacher(tokenizer, text_file, short, tmp_path):
+    long = hdlib.load_corpus(text_file, tokenizer, 32)
+    teacher = random_bert(vocabulary=len(tokenizer), positions=20)
+    with refused("32 tokens, the teacher only 20 positions"):
+        hdlib.distill(teacher, tokenizer, *long, DistillConfig(**short), tmp_path / "run")
+
+
+def test_a_tokenizer_that_is_not_the_teachers(tokenizer, blocks, short, tmp_path):
+    with refused("do not belong together"):
+        hdlib.distill(random_bert(vocabulary=40), tokenizer, *blocks, DistillConfig(**short), tmp_path / "run")
+
+
+def test_validation_that_has_no_labels(teacher, tokenizer, blocks, short, tmp_path):
+    with refused("no labels"):
+        hdlib.distill(teacher, tokenizer, blocks[0], blocks[0], DistillConfig(**short), tmp_path / "run")
+
+
+def test_a_folder_that_holds_another_run(teacher, tokenizer, blocks, short, tmp_path):
+    run = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short), tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    with refused("already holds a run", FileExistsError):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short), tmp_path)
+    with refused("another config: steps was 2, is 3"):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short | {"steps": 3}), tmp_path, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics and run.finished
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with refused("is no run folder", FileNotFoundError):
+        hdlib.Run.load(tmp_path)

@@ -1,0 +1,103 @@
+"""Text to blocks, blocks to masked batches: nothing lost, nothing leaked, the same for every process."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import hdlib
+from conftest import sentences
+from hdlib.data import MaskedBatches, Masking
+
+
+def test_blocks_hold_the_text_in_order(tmp_path, tokenizer):
+    texts = sentences(60)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"text": " ".join(sentences(50, seed=1))}) + "\n")
+    train, _ = hdlib.load_corpus(tmp_path, tokenizer, 16)
+    stream = [token for block in train["input_ids"] for token in block[1:-1]]
+    separator = tokenizer.sep_token_id
+    expected = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        expected += [*ids, separator]
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) < 14
+    assert all(block[0] == tokenizer.cls_token_id and block[-1] == separator for block in train["input_ids"])
+    assert {len(block) for block in train["input_ids"]} == {16}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
+    texts, path = sentences(80), tmp_path / f"corpus.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(texts))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    else:
+        pd.DataFrame({"text": texts}).to_parquet(path)
+    train, validation = hdlib.load_corpus(path, tokenizer, 16)
+    again = hdlib.load_corpus(str(tmp_path), tokenizer, 16)
+    assert train["input_ids"] == again[0]["input_ids"] and validation["labels"] == again[1]["labels"]
+    held_out = {tuple(t for t in block if t >= 0) for block in validation["labels"]}
+    assert len(train) > 30 and held_out
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert hdlib.load_corpus(reference, tokenizer, 16)[0]["input_ids"] == train["input_ids"]
+
+
+def test_files_named_so_are_held_out(tmp_path, tokenizer):
+    (tmp_path / "part_1.txt").write_text("the student learns. " * 200)
+    (tmp_path / "my_validation.txt").write_text("a quick teacher. " * 100)
+    train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16)
+    assert "teacher" not in tokenizer.decode(sum(train["input_ids"], []))
+    assert "student" not in tokenizer.decode(sum(validation["input_ids"], []))
+
+
+def test_masking_hides_as_bert_does(tokenizer, blocks):
+    masking = Masking.of(tokenizer)
+    plain = torch.tensor(blocks[0][:300]["input_ids"]).repeat(20, 1)  # (B, S)
+    masked, labels = masking(plain, torch.Generator().manual_seed(3))
+    chosen = labels != -100
+    assert torch.equal(labels[chosen], plain[chosen]) and torch.equal(masked[~chosen], plain[~chosen])
+    special = torch.isin(plain, torch.tensor(tokenizer.all_special_ids))
+    assert not (chosen & special).any()
+    assert set(chosen.sum(1).tolist()) == {round(0.15 * 16)}
+    hidden = (masked[chosen] == tokenizer.mask_token_id).float().mean().item()
+    kept = (masked[chosen] == plain[chosen]).float().mean().item()
+    assert hidden == pytest.approx(0.8, abs=0.02)
+    assert kept == pytest.approx(0.1 + 0.1 / len(tokenizer), abs=0.02)
+    columns = chosen.float().mean(0)[1:-1]
+    assert columns.max() < 1.5 * columns.mean(), "every place is as likely to be masked"
+
+
+def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
+    train = blocks[0].take(25)
+    batches = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
+    again = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
+    steps = [batches[step] for step in range(6)]
+    for step in (5, 0, 3):
+        assert torch.equal(again[step]["input_ids"], steps[step]["input_ids"])
+        assert torch.equal(again[step]["labels"], steps[step]["labels"])
+    other = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=5)
+    assert not torch.equal(other[0]["input_ids"], steps[0]["input_ids"])
+
+
+def test_every_block_once_in_each_pass(tokenizer, blocks):
+    train = blocks[0].take(20)
+    batches = MaskedBatches(train, Masking.of(tokenizer), batch_size=5, seed=0)
+    for epoch in range(2):
+        seen = []
+        for step in range(4 * epoch, 4 * epoch + 4):
+            batch = batches[step]
+            seen += batch["input_ids"].where(batch["labels"] == -100, batch["labels"]).tolist()
+        assert sorted(seen) == sorted(train["input_ids"])
+
+
+def test_processes_share_out_the_same_batch(tokenizer, blocks):
+    masking = Masking.of(tokenizer)
+    whole = MaskedBatches(blocks[0], masking, batch_size=8, seed=1)[3]
+    shares = [MaskedBatches(blocks[0], masking, 8, seed=1, share=(rank, 4))[3] for rank in range(4)]
+    for name in ("input_ids", "labels"):
+        together = torch.stack([share[name] for share in shares], dim=1).flatten(0, 1)
+        assert torch.equal(together, whole[name])
+    assert len({int((share["labels"] != -100).sum()) for share in shares}) == 1, "equal shares, equal means"

@@ -1,0 +1,111 @@
+"""Held-out measures against plain NumPy; figures from recorded runs."""
+
+import numpy as np
+import pytest
+import torch
+
+import hdlib
+from conftest import random_bert
+from hdlib import Widths
+
+
+def test_identical_models_have_no_discrepancy(teacher, blocks):
+    measured = hdlib.discrepancy(hdlib.models.student_of(teacher), teacher, blocks[1].take(20))
+    assert measured["kl"] == 0.0 and measured["agreement"] == 1.0 and measured["hidden"] < 1e-9
+    assert measured["mlm"] == measured["teacher_mlm"] > 0
+
+
+def test_measures_agree_with_numpy(tokenizer, blocks):
+    teacher = random_bert(vocabulary=len(tokenizer))
+    student = random_bert(vocabulary=len(tokenizer), heads=2, ffn=9, seed=3)
+    held_out = blocks[1].take(21)
+    measured = hdlib.discrepancy(student, teacher, held_out, batch_size=4)
+    input_ids, labels = torch.tensor(held_out["input_ids"]), np.array(held_out["labels"])
+    chosen = labels != -100
+    with torch.no_grad():
+        ours, theirs = (
+            model(input_ids, output_hidden_states=True) for model in (student, teacher)
+        )
+    log_q, log_p = (output.logits.log_softmax(-1).double().numpy()[chosen] for output in (ours, theirs))
+    rows = np.arange(len(log_p))
+    assert measured["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
+    assert measured["agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
+    assert measured["accuracy"] == pytest.approx((log_q.argmax(-1) == labels[chosen]).mean())
+    assert measured["mlm"] == pytest.approx(-log_q[rows, labels[chosen]].mean(), rel=1e-4)
+    assert measured["teacher_mlm"] == pytest.approx(-log_p[rows, labels[chosen]].mean(), rel=1e-4)
+    errors = []
+    for x, y in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+        x, y = x.flatten(0, 1).double().numpy(), y.flatten(0, 1).double().numpy()
+        errors.append(((x @ np.linalg.lstsq(x, y, rcond=None)[0] - y) ** 2).mean())
+    assert measured["hidden"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_models_are_left_in_their_mode(teacher, blocks):
+    student = hdlib.models.student_of(teacher).train()
+    measured = hdlib.discrepancy(student, teacher, blocks[1].take(4))
+    assert student.training and not teacher.training and measured["kl"] == 0.0
+
+
+def test_blocks_without_labels_are_refused(teacher, blocks):
+    none = blocks[1].take(2).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.raises(ValueError, match="no masked position"):
+        hdlib.discrepancy(teacher, teacher, none)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, tokenizer, blocks):
+    teacher, folder = random_bert(vocabulary=len(tokenizer)), tmp_path_factory.mktemp("run")
+    config = hdlib.DistillConfig(steps=12, batch_size=4, target=0.5, prune_every=2, eval_every=3, eval_blocks=4)
+    return hdlib.distill(teacher, tokenizer, *blocks, config, folder)
+
+
+def test_figures_show_what_was_recorded(recorded):
+    metrics = recorded.metrics
+    upper, lower = hdlib.plot_discrepancy(recorded).axes
+    measured = metrics["held_out_kl"].dropna()
+    assert upper.lines[0].get_xdata().tolist() == [0, 3, 6, 9, 12]
+    np.testing.assert_array_equal(upper.lines[0].get_ydata(), measured)
+    np.testing.assert_array_equal(lower.lines[0].get_ydata(), metrics["hidden_size"])
+    (axes,) = hdlib.plot_losses(recorded).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(labels) == 5 and axes.get_yscale() == "log"
+    both = hdlib.plot_discrepancy({"ours": recorded, "again": recorded}).axes[0]
+    assert [text.get_text() for text in both.get_legend().get_texts()] == ["ours", "again"]
+
+
+def test_figures_of_a_run_that_has_only_started(tmp_path):
+    run = hdlib.Run.start(tmp_path, {})
+    for figure in (hdlib.plot_discrepancy(run), hdlib.plot_losses(run)):
+        assert "nothing recorded yet" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
+    drawn = []
+
+    class Handle:
+        def update(self, figure):
+            drawn.append(figure)
+
+    def display(figure, display_id):
+        drawn.append(figure)
+        return Handle()
+
+    monkeypatch.setattr(hdlib.widgets, "display", display)
+    live = hdlib.LiveFigure(recorded.folder, every=0.0)
+    for record in recorded.records():
+        live(record)
+    assert len(drawn) == 5, "once for every held-out measure"
+    patient = hdlib.LiveFigure(recorded.folder, every=1000.0)
+    for record in recorded.records():
+        patient(record)
+    assert len(drawn) == 6, "not more often than asked for"
+
+
+def test_cost_counts_and_times(teacher):
+    student = hdlib.models.student_of(teacher)
+    hdlib.narrow(student, Widths(hidden=12, ffn=28))
+    assert hdlib.cost.parameters(teacher)["total"] == teacher.num_parameters()
+    layer = teacher.bert.encoder.layer
+    assert hdlib.cost.parameters(teacher)["encoder"] == sum(p.numel() for p in layer.parameters())
+    times = hdlib.cost.latency({"teacher": teacher, "student": student}, length=16, repeats=3)
+    assert set(times) == {"teacher", "student"} and min(times.values()) > 0

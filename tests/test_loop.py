@@ -1,0 +1,202 @@
+"""The whole loop on a small real task: widths, records, resume, divergence, processes."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import hdlib
+import hdlib.__main__
+from conftest import random_bert
+from hdlib import DistillConfig, Widths
+from hdlib.losses import TERMS
+
+ARGUMENTS = {
+    "steps": 24,
+    "batch_size": 8,
+    "target": 0.5,
+    "prune_every": 2,
+    "eval_every": 6,
+    "eval_blocks": 8,
+    "checkpoint_every": 5,
+    "learning_rate": 3e-3,
+}
+
+
+@pytest.fixture
+def config():
+    return DistillConfig(**ARGUMENTS)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run.student_folder / "model.safetensors")
+
+
+def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
+    seen = []
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, on_step=seen.append)
+    metrics = hdlib.Run.load(tmp_path).metrics
+
+    assert list(metrics.index) == list(range(25)) and seen == run.records()
+    # The homotopy starts at the teacher: no discrepancy, and the terms are 0 at the first step.
+    assert metrics.loc[0, "held_out_kl"] == 0.0 and metrics.loc[0, "held_out_agreement"] == 1.0
+    assert all(metrics.loc[1, term] == 0.0 for term in TERMS[1:])
+    assert all(metrics.loc[24, term] > 0.0 for term in TERMS)
+    # Widths never rise, every one is what the schedule asks for, and the end is the target.
+    wide, target = Widths.of(teacher), Widths.at(teacher, 0.5)
+    for step, row in metrics.iterrows():
+        asked = config.widths_at(step, wide, target)
+        assert (row["hidden_size"], row["intermediate_size"]) == (asked.hidden, asked.ffn)
+    assert metrics["hidden_size"].is_monotonic_decreasing and metrics["hidden_size"].nunique() > 3
+    assert metrics["hidden_size"].iloc[-1] == 12 and metrics["intermediate_size"].iloc[-1] == 28
+    assert metrics.loc[:1, "hidden_size"].eq(24).all(), "nothing goes before the start"
+    # The result is there, narrow, and the teacher is what it was.
+    student, its_tokenizer = run.student()
+    assert Widths.of(student) == target and its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert all(torch.equal(before[name], parameter) for name, parameter in teacher.named_parameters())
+    assert teacher.config._attn_implementation == "sdpa"
+    assert [path.name for path in run.checkpoints()] == ["step_00000015", "step_00000020"]
+    assert run.arguments["config"] == json.loads(json.dumps(config.to_dict()))
+    assert DistillConfig(**run.arguments["config"]) == config
+
+
+def test_distillation_learns(teacher, tokenizer, blocks, tmp_path):
+    """Narrowed and trained is closer to the teacher than narrowed alone."""
+    config = DistillConfig(**ARGUMENTS | {"steps": 120, "eval_every": 120, "checkpoint_every": 120})
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    bare = hdlib.models.student_of(teacher)
+    hdlib.narrow(bare, Widths.at(teacher, 0.5))
+    untrained = hdlib.discrepancy(bare, teacher, blocks[1].take(8))["kl"]
+    assert run.metrics["held_out_kl"].iloc[-1] < 0.75 * untrained
+
+
+def test_ratio_one_prunes_nothing(teacher, tokenizer, blocks, tmp_path):
+    config = DistillConfig(**ARGUMENTS | {"steps": 4, "target": 1.0})
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    assert Widths.of(run.student()[0]) == Widths.of(teacher)
+
+
+def test_one_shot_prunes_once(teacher, tokenizer, blocks, tmp_path):
+    config = DistillConfig(**ARGUMENTS | {"schedule": "one_shot", "prune_start": 0.25})
+    metrics = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).metrics
+    assert metrics["hidden_size"].tolist() == [24] * 6 + [12] * 19
+
+
+def test_heads_instead_of_head_dimensions(teacher, tokenizer, blocks, tmp_path):
+    config = DistillConfig(**ARGUMENTS | {"target": {"hidden": 12, "ffn": 28, "heads": 2, "head_dim": 6}})
+    student, _ = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).student()
+    assert Widths.of(student) == Widths(12, 28, 6, 2)
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 7, 10, 13, 23])
+def test_resumed_is_undisturbed(teacher, tokenizer, blocks, config, tmp_path, killed_at):
+    whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
+
+    def kill(record):
+        if record["step"] == killed_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
+    resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
+    expected, got = weights(whole), weights(resumed)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
+    clocks = ["seconds", "elapsed"]
+    assert resumed.metrics.drop(columns=clocks).equals(whole.metrics.drop(columns=clocks))
+
+
+def test_a_broken_checkpoint_is_passed_over(teacher, tokenizer, blocks, config, tmp_path):
+    def kill(record):
+        if record["step"] == 17:
+            raise KeyboardInterrupt
+
+    whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
+    newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training_state.pt"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_loss_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config, tmp_path, monkeypatch):
+    attention_loss, calls = hdlib.losses.attention_loss, []
+
+    def poisoned(*arguments):
+        calls.append(None)
+        # Two layers a step: from the 12th step on the attention term is not a number.
+        return attention_loss(*arguments) * (math.nan if len(calls) > 22 else 1.0)
+
+    monkeypatch.setattr(hdlib.losses, "attention_loss", poisoned)
+    with pytest.raises(hdlib.Diverged, match="step 12: attention is nan.*step_00000010"):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    run = hdlib.Run.load(tmp_path)
+    assert run.records()[-1]["step"] == 11 and not run.finished
+    checkpoint = load_file(run.checkpoints()[-1] / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.values())
+    monkeypatch.undo()
+    assert hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True).finished
+
+
+def test_a_gradient_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config, tmp_path, monkeypatch):
+    state_loss = hdlib.losses.state_loss
+
+    def poisoned(student, target, mask=None):
+        return state_loss(student, target, mask) + torch.sqrt((student.sum() - student.sum()).abs())
+
+    monkeypatch.setattr(hdlib.losses, "state_loss", poisoned)
+    with pytest.raises(hdlib.Diverged, match="step 1: gradient norm is nan.*no checkpoint yet"):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+
+
+def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
+    config = DistillConfig(**ARGUMENTS | {"precision": "bfloat16", "steps": 6})
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+    assert run.metrics["total"].iloc[-1] > 0
+
+
+def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file):
+    """Two processes keep the same neurons as one and end with the same weights."""
+    random_bert(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    results = []
+    for processes in (1, 2):
+        places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
+        places["run_dir"] = str(tmp_path / f"run_{processes}")
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places))
+        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+        launch += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"] if processes > 1 else []
+        command = [sys.executable, "-m", *launch, "-m", "hdlib", str(tmp_path / "config.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(hdlib.Run.load(places["run_dir"]))
+    one, two = results
+    assert one.metrics["hidden_size"].equals(two.metrics["hidden_size"])
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("steps: 3e-4\nrun_dir: r\n", "steps must be of type int"),
+        ("step: 3\nrun_dir: r\n", "unknown arguments step"),
+        ("steps: 3\n", "run_dir is missing"),
+        ("corpus: nowhere/at/all\nrun_dir: r\n", "no file or folder nowhere/at/all"),
+    ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["hdlib", str(tmp_path / "config.yaml")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        hdlib.__main__.main()
+    assert not (tmp_path / "r").exists()
