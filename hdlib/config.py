@@ -50,7 +50,7 @@ class DistillConfig:
 
     eval_every: int = 50  # steps from one held-out measure to the next
     eval_blocks: int = 64  # held-out blocks measured
-    checkpoint_every: int = 200  # steps from one checkpoint to the next
+    checkpoint_every: int = 100  # steps from one checkpoint to the next
 
     def __post_init__(self):
         if isinstance(self.target, dict):
@@ -78,7 +78,9 @@ class DistillConfig:
             _require(0 < self.target <= 1, f"target is the fraction of the width to keep, in (0, 1]; got {self.target}")
         DistillationLoss(1, 1, 1, **self.loss_options())  # refuses what it cannot do
 
-    def check(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation) -> Widths:
+    def check(
+        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation, processes: int = 1
+    ) -> Widths:
         """The shape that the student will have; ValueError if these arguments cannot make it."""
         width_groups(teacher)
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
@@ -90,6 +92,10 @@ class DistillConfig:
             len(train) >= self.batch_size,
             f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "
             "lower batch_size, shorten the blocks or bring more text",
+        )
+        _require(
+            self.batch_size % processes == 0,
+            f"batch_size {self.batch_size} cannot be shared out evenly to {processes} processes",
         )
         length, positions = len(train[0]["input_ids"]), teacher.config.max_position_embeddings
         _require(length <= positions, f"blocks have {length} tokens, the teacher only {positions} positions")

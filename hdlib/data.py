@@ -32,7 +32,7 @@ RECIPE = 1  # raise it when blocks are made in another way, so that no old cache
 
 
 def load_corpus(
-    name_or_path: str | Path = "embedded",
+    name_or_path: str | Path | list[str | Path] = "embedded",
     tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 128,
     *,
@@ -45,7 +45,7 @@ def load_corpus(
 
     Args:
         name_or_path: "embedded" for the English documentation on this installation's disk; a file or a
-            folder of txt, jsonl or parquet; or a data set's name on the hub.
+            folder of txt, jsonl or parquet, or a list of them; or a data set's name on the hub.
         tokenizer: the teacher's.
         length: S, tokens a block, [CLS] and [SEP] included.
         text_column: where the text is in jsonl, parquet and hub data.
@@ -150,38 +150,45 @@ def batches(blocks: Dataset, batch_size: int, device: torch.device | str = "cpu"
         yield {name: column.to(device) for name, column in batch.items()}
 
 
-def load_documents(name_or_path: str | Path, text_column: str = "text", subset: str | None = None) -> DatasetDict:
-    """The texts, split into train and, where the source has one, validation."""
+def load_documents(
+    name_or_path: str | Path | list[str | Path], text_column: str = "text", subset: str | None = None
+) -> DatasetDict:
+    """The texts, split into train and, where the source has one, validation. Arguments as for `load_corpus`."""
     if name_or_path == "embedded":
         name_or_path = gather()
-    path = Path(name_or_path).expanduser()
-    documents = _from_files(path) if path.exists() else _from_hub(str(name_or_path), subset)
+    paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
+    local = len(paths) > 1 or paths[0].exists()
+    documents = _from_files(paths) if local else _from_hub(str(name_or_path), subset)
     for split, part in documents.items():
         if text_column not in part.column_names:
             raise ValueError(f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}")
     return documents.select_columns([text_column])
 
 
-def _from_files(path: Path) -> DatasetDict:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() and file.suffix in READERS]
+def _from_files(paths: list[Path]) -> DatasetDict:
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file or folder {path}")
+    found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in found if file.is_file() and file.suffix in READERS]
+    where = ", ".join(map(str, paths))
     if not files:
-        raise ValueError(f"{path} holds no text: files of type {', '.join(READERS)} are read")
+        raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
     kinds = sorted({READERS[file.suffix] for file in files})
     if len(kinds) > 1:
-        raise ValueError(f"{path} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a folder")
+        raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     for file in files:
         _check_text(file)
     held_out = [file for file in files if any(name in file.stem.lower() for name in HELD_OUT_NAMES)]
     parts = {"train": [file for file in files if file not in held_out], "validation": held_out}
-    if not parts["train"]:  # a folder of nothing but a test file is still a corpus
+    if not parts["train"]:  # nothing but a test file is still a corpus
         parts = {"train": held_out}
     options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
-    parts = {split: [str(file) for file in part] for split, part in parts.items() if part}
+    data_files = {split: [str(file) for file in part] for split, part in parts.items() if part}
     try:
-        return load_dataset(kinds[0], data_files=parts, **options)
+        return load_dataset(kinds[0], data_files=data_files, **options)
     except DatasetGenerationError as error:
-        raise ValueError(f"{path} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
+        raise ValueError(f"{where} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
 
 
 def _from_hub(name: str, subset: str | None) -> DatasetDict:

@@ -86,6 +86,7 @@ class _LinearFit:
 
     def residual(self) -> float:
         """Mean squared error that the best linear map leaves, 0.0 at least."""
-        weights = torch.linalg.lstsq(self.inner, self.cross, driver="gelsd").solution  # (Ds, Dt)
-        explained = (weights * self.cross).sum()
-        return max(0.0, float(self.targets - explained) / self.elements)
+        inner, cross = self.inner.cpu(), self.cross.cpu()  # this driver, which bears rank deficiency, is the CPU's
+        weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt)
+        explained = (weights * cross).sum()
+        return max(0.0, (float(self.targets) - float(explained)) / self.elements)

@@ -59,9 +59,11 @@ def distill(
         FileExistsError: `run_dir` holds another run.
         Diverged: a loss or gradient that is not finite. Checkpoints up to then stay.
     """
-    target = config.check(teacher, tokenizer, train, validation)
     accelerator = Accelerator()
-    run = _open_run(accelerator, run_dir, config, teacher, resume)
+    target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
+    run = _open_run(accelerator, run_dir, _arguments(config, teacher, train, validation), resume)
+    if run.finished:
+        return run
     training = _Training.begin(teacher.float().to(accelerator.device), config, run if resume else None)
     student, loss, optimizer, importance = training.student, training.loss, training.optimizer, training.importance
     wide, held_out = Widths.of(teacher), validation.take(min(config.eval_blocks, len(validation)))
@@ -140,7 +142,9 @@ class _Training:
         if resumed:
             resumed.rewind(-1)
         importance = scorer(config.scorer, smoothing=config.smoothing)
-        return cls(student_of(teacher), _loss(teacher, Widths.of(teacher), config).to(teacher.device), importance, config)
+        return cls(
+            student_of(teacher), _loss(teacher, Widths.of(teacher), config).to(teacher.device), importance, config
+        )
 
     @classmethod
     def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
@@ -215,21 +219,29 @@ class _Reporter:
         self.on_step(record)
 
 
-def _open_run(accelerator: Accelerator, run_dir, config: DistillConfig, teacher, resume: bool) -> Run:
-    arguments = {"config": config.to_dict(), "teacher": teacher.config.name_or_path or type(teacher).__name__}
-    exists = (Path(run_dir) / "run.json").exists()
-    if resume and exists:
+def _open_run(accelerator: Accelerator, run_dir, arguments: dict, resume: bool) -> Run:
+    if resume and (Path(run_dir) / "run.json").exists():
         run = Run.load(run_dir)
-        theirs, ours = run.arguments["config"], arguments["config"]
-        changed = [f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-        if changed:
-            raise ValueError(f"{run_dir} holds a run of another config: {'; '.join(changed)}")
+        _check_unchanged(run, arguments)
         return run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         Run.start(run_dir, arguments)
     accelerator.wait_for_everyone()
     return Run.load(run_dir)
+
+
+def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validation) -> dict:
+    blocks = {"train": len(train), "validation": len(validation), "length": len(train[0]["input_ids"])}
+    return {"config": config.to_dict(), "blocks": blocks, "teacher": teacher.name_or_path or type(teacher).__name__}
+
+
+def _check_unchanged(run: Run, arguments: dict) -> None:
+    for part in ("config", "blocks"):
+        was, now = run.arguments[part], arguments[part]
+        changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"{run.folder} holds a run with another {part}: {'; '.join(changed)}")
 
 
 def _loss(teacher: PreTrainedModel, widths: Widths, config: DistillConfig) -> DistillationLoss:
@@ -291,5 +303,3 @@ def _widths_record(widths: Widths) -> dict[str, int]:
 
 def _held_out(measured: dict[str, float]) -> dict[str, float]:
     return {f"held_out_{name}": value for name, value in measured.items()}
-
-

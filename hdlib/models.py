@@ -51,13 +51,16 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
         model, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no masked language model with its tokenizer could be loaded from {source}: {error}") from error
+        raise ValueError(
+            f"no masked language model with its tokenizer could be loaded from {source}: {error}"
+        ) from error
     family(model)
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"the checkpoint {source} lacks weights that a masked language model needs: {', '.join(missing)}. They would "
-            "be random, and a teacher that guesses teaches nothing: take a checkpoint that was saved with its MLM head."
+            f"the checkpoint {source} lacks weights that a masked language model needs: {', '.join(missing)}. "
+            "They would be random, and a teacher that guesses teaches nothing: "
+            "take a checkpoint that was saved with its MLM head."
         )
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def narrow(
         smaller = _sliced_parameter(parameter, axes, kept, factor)
         if smaller.shape != stock.get_parameter(name).shape:
             raise RuntimeError(f"{name} became {tuple(smaller.shape)}, but a stock model has another shape there")
-        replace_parameter(parameter, smaller, sites[parameter], optimizer, lambda t: _take(t, axes, kept), factor)
+        replace_parameter(parameter, smaller, sites[parameter], optimizer, partial(_take, axes=axes, kept=kept), factor)
     set_widths(model.config, new)
     _take_over_derived_attributes(model, stock)
     return kept
@@ -165,7 +166,9 @@ def _check_scores(groups, scores: dict[str, Tensor]) -> None:
         if name not in scores:
             raise ValueError(f"no scores for the width group {name!r}; every group needs them: {sorted(groups)}")
         if tuple(scores[name].shape) != (group.size,):
-            raise ValueError(f"scores of {name!r} have shape {tuple(scores[name].shape)}, the group {group.size} neurons")
+            raise ValueError(
+                f"scores of {name!r} have shape {tuple(scores[name].shape)}, the group {group.size} neurons"
+            )
         if not torch.isfinite(scores[name]).all():
             raise ValueError(f"scores of {name!r} are not all finite: the gradients they come from were not")
 

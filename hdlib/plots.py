@@ -52,6 +52,7 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
     _finish(upper, "KL(teacher ‖ student)\nnats per masked word, held out")
     _finish(lower, "hidden width\nneurons")
     lower.set_xlabel("step")
+    lower.set_xlim(0, max(run.arguments["config"]["steps"] for run in runs.values()))  # what is to come shows too
     lower.set_ylim(bottom=0)
     upper.set_ylim(bottom=0)
     if any(runs):
@@ -86,9 +87,7 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
 
 
 def _two_axes() -> tuple[Axes, Axes]:
-    _, (upper, lower) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 4.6), height_ratios=[2, 1], layout="constrained"
-    )
+    _, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=[2, 1], layout="constrained")
     return upper, lower
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM
 import hdlib
 from hdlib import DistillationLoss, Widths
 from hdlib.models import forward, student_of
+
 from reference import masked
 
 

@@ -8,8 +8,9 @@ import torch
 from transformers import BertModel
 
 import hdlib
-from conftest import random_bert, sentences
 from hdlib import DistillConfig, Widths
+
+from conftest import random_bert, sentences
 
 
 @pytest.fixture
@@ -28,6 +29,11 @@ def refused(words: str, error=ValueError):
 def test_a_corpus_that_is_not_there(tmp_path, tokenizer):
     with refused("no file or folder", FileNotFoundError):
         hdlib.load_corpus(tmp_path / "nowhere", tokenizer, 16)
+
+
+def test_one_of_several_files_that_is_not_there(text_file, tokenizer):
+    with refused("no file or folder .*nowhere.txt", FileNotFoundError):
+        hdlib.load_corpus([text_file, text_file.with_name("nowhere.txt")], tokenizer, 16)
 
 
 def test_a_folder_without_text(tmp_path, tokenizer):

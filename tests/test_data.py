@@ -1,14 +1,16 @@
 """Text to blocks, blocks to masked batches: nothing lost, nothing leaked, the same for every process."""
 
 import json
+from itertools import chain
 
 import pandas as pd
 import pytest
 import torch
 
 import hdlib
-from conftest import sentences
 from hdlib.data import MaskedBatches, Masking
+
+from conftest import sentences
 
 
 def test_blocks_hold_the_text_in_order(tmp_path, tokenizer):
@@ -45,12 +47,20 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
     assert hdlib.load_corpus(reference, tokenizer, 16)[0]["input_ids"] == train["input_ids"]
 
 
+def test_a_list_of_files(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("the student learns. " * 200)
+    (tmp_path / "b.txt").write_text("a quick teacher. " * 200)
+    train, _ = hdlib.load_corpus([tmp_path / "a.txt", str(tmp_path / "b.txt")], tokenizer, 16)
+    text = tokenizer.decode([*chain(*train["input_ids"])])
+    assert "student" in text and "teacher" in text
+
+
 def test_files_named_so_are_held_out(tmp_path, tokenizer):
     (tmp_path / "part_1.txt").write_text("the student learns. " * 200)
     (tmp_path / "my_validation.txt").write_text("a quick teacher. " * 100)
     train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16)
-    assert "teacher" not in tokenizer.decode(sum(train["input_ids"], []))
-    assert "student" not in tokenizer.decode(sum(validation["input_ids"], []))
+    assert "teacher" not in tokenizer.decode([*chain(*train["input_ids"])])
+    assert "student" not in tokenizer.decode([*chain(*validation["input_ids"])])
 
 
 def test_masking_hides_as_bert_does(tokenizer, blocks):

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import hdlib
-from conftest import random_bert
 from hdlib import Widths
+
+from conftest import random_bert
 
 
 def test_identical_models_have_no_discrepancy(teacher, blocks):
@@ -23,9 +24,7 @@ def test_measures_agree_with_numpy(tokenizer, blocks):
     input_ids, labels = torch.tensor(held_out["input_ids"]), np.array(held_out["labels"])
     chosen = labels != -100
     with torch.no_grad():
-        ours, theirs = (
-            model(input_ids, output_hidden_states=True) for model in (student, teacher)
-        )
+        ours, theirs = (model(input_ids, output_hidden_states=True) for model in (student, teacher))
     log_q, log_p = (output.logits.log_softmax(-1).double().numpy()[chosen] for output in (ours, theirs))
     rows = np.arange(len(log_p))
     assert measured["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
@@ -66,6 +65,7 @@ def test_figures_show_what_was_recorded(recorded):
     assert upper.lines[0].get_xdata().tolist() == [0, 3, 6, 9, 12]
     np.testing.assert_array_equal(upper.lines[0].get_ydata(), measured)
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), metrics["hidden_size"])
+    assert lower.get_xlim() == (0, 12)
     (axes,) = hdlib.plot_losses(recorded).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 5 and axes.get_yscale() == "log"
@@ -74,7 +74,7 @@ def test_figures_show_what_was_recorded(recorded):
 
 
 def test_figures_of_a_run_that_has_only_started(tmp_path):
-    run = hdlib.Run.start(tmp_path, {})
+    run = hdlib.Run.start(tmp_path, {"config": {"steps": 10}})
     for figure in (hdlib.plot_discrepancy(run), hdlib.plot_losses(run)):
         assert "nothing recorded yet" in [text.get_text() for text in figure.axes[0].texts]
 

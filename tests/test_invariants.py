@@ -6,9 +6,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hdlib
+from hdlib import Widths
+
 import invariants
 from conftest import random_batch, random_bert
-from hdlib import Widths
 
 RATIOS = (0.9, 0.5, 0.29)
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import hdlib
 import hdlib.__main__
-from conftest import random_bert
 from hdlib import DistillConfig, Widths
 from hdlib.losses import TERMS
+
+from conftest import random_bert
 
 ARGUMENTS = {
     "steps": 24,
@@ -68,7 +69,7 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
 
 def test_distillation_learns(teacher, tokenizer, blocks, tmp_path):
     """Narrowed and trained is closer to the teacher than narrowed alone."""
-    config = DistillConfig(**ARGUMENTS | {"steps": 120, "eval_every": 120, "checkpoint_every": 120})
+    config = DistillConfig(**ARGUMENTS | {"steps": 400, "eval_every": 400, "checkpoint_every": 400})
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
     hdlib.narrow(bare, Widths.at(teacher, 0.5))
@@ -92,6 +93,13 @@ def test_heads_instead_of_head_dimensions(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"target": {"hidden": 12, "ffn": 28, "heads": 2, "head_dim": 6}})
     student, _ = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).student()
     assert Widths.of(student) == Widths(12, 28, 6, 2)
+
+
+def test_a_finished_run_is_not_run_again(teacher, tokenizer, blocks, config, tmp_path):
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    expected = weights(run)
+    again = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True, on_step=pytest.fail)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(again).items())
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 7, 10, 13, 23])
@@ -134,7 +142,7 @@ def test_a_loss_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config,
         return attention_loss(*arguments) * (math.nan if len(calls) > 22 else 1.0)
 
     monkeypatch.setattr(hdlib.losses, "attention_loss", poisoned)
-    with pytest.raises(hdlib.Diverged, match="step 12: attention is nan.*step_00000010"):
+    with pytest.raises(hdlib.Diverged, match=r"step 12: attention is nan.*step_00000010"):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     run = hdlib.Run.load(tmp_path)
     assert run.records()[-1]["step"] == 11 and not run.finished
@@ -151,7 +159,7 @@ def test_a_gradient_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, con
         return state_loss(student, target, mask) + torch.sqrt((student.sum() - student.sum()).abs())
 
     monkeypatch.setattr(hdlib.losses, "state_loss", poisoned)
-    with pytest.raises(hdlib.Diverged, match="step 1: gradient norm is nan.*no checkpoint yet"):
+    with pytest.raises(hdlib.Diverged, match=r"step 1: gradient norm is nan.*no checkpoint yet"):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
 
 
@@ -171,7 +179,14 @@ def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file):
         places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
         places["run_dir"] = str(tmp_path / f"run_{processes}")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places))
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+        launch = [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--num_cpu_threads_per_process",
+            "1",
+        ]
         launch += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
         launch += ["--main_process_port", "0"] if processes > 1 else []
         command = [sys.executable, "-m", *launch, "-m", "hdlib", str(tmp_path / "config.yaml")]

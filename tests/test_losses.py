@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import hdlib
-from conftest import random_batch, random_bert
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, prediction_loss, state_loss
 from hdlib.models import forward
+
+from conftest import random_batch, random_bert
 from invariants import loss_for
 
 
@@ -135,9 +136,7 @@ def test_attention_probabilities_as_the_target():
     recorded = loss(forward(model, input_ids), forward(teacher, input_ids), labels).attention
     for each in (model, teacher):
         each.set_attn_implementation("eager")
-    outputs = [
-        each(input_ids, output_attentions=True, output_hidden_states=True) for each in (model, teacher)
-    ]
+    outputs = [each(input_ids, output_attentions=True, output_hidden_states=True) for each in (model, teacher)]
     torch.testing.assert_close(loss(*outputs, labels).attention, recorded, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="before the softmax"):
         loss_for(model)(*outputs, labels)

@@ -1,5 +1,7 @@
 """Schedules: end points exact, never rising, the published formula."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_from_one_to_final_and_never_up(schedule, start, span, final):
     before = start if schedule is hdlib.one_shot else start + 1
     assert kept[:before] == [1.0] * before
     assert kept[start + span :] == [final] * 20
-    assert all(late <= early for early, late in zip(kept, kept[1:], strict=False))
+    assert all(late <= early for early, late in pairwise(kept))
 
 
 def test_cubic_is_the_papers_formula():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import hdlib
-from conftest import random_batch, random_bert
 from hdlib import Widths
+
+from conftest import random_batch, random_bert
 from invariants import backward
 
 
@@ -35,9 +36,7 @@ def reference_sensitivity(model) -> dict[str, np.ndarray]:
         at = f"bert.encoder.layer.{layer}"
         q, k, v = (e[f"{at}.attention.self.{name}.weight"] for name in ("query", "key", "value"))
         qb, kb, vb = (e[f"{at}.attention.self.{name}.bias"] for name in ("query", "key", "value"))
-        out, up, down = (
-            e[f"{at}.{name}.dense.weight"] for name in ("attention.output", "intermediate", "output")
-        )
+        out, up, down = (e[f"{at}.{name}.dense.weight"] for name in ("attention.output", "intermediate", "output"))
         scores[f"layer.{layer}.query_key"] = q.sum(1) + k.sum(1) + qb + kb
         scores[f"layer.{layer}.value_output"] = v.sum(1) + vb + out.sum(0)
         scores[f"layer.{layer}.ffn"] = up.sum(1) + e[f"{at}.intermediate.dense.bias"] + down.sum(0)

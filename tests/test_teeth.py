@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import hdlib
-import invariants
-from conftest import random_batch, random_bert
 from hdlib import Widths, narrowing
 from hdlib.scorers import Sensitivity
+
+import invariants
+from conftest import random_batch, random_bert
 
 NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4)
 
