@@ -64,7 +64,7 @@ def distill(
     run = _open_run(accelerator, run_dir, _arguments(config, teacher, train, validation), resume)
     if run.finished:
         return run
-    training = _Training.begin(teacher.float().to(accelerator.device), config, run if resume else None)
+    training = _Training.begin(teacher.float().eval().to(accelerator.device), config, run if resume else None)
     student, loss, optimizer, importance = training.student, training.loss, training.optimizer, training.importance
     wide, held_out = Widths.of(teacher), validation.take(min(config.eval_blocks, len(validation)))
     share = (accelerator.process_index, accelerator.num_processes)

@@ -242,7 +242,7 @@ def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
 
 def _select_heads(recorded, heads: Tensor):
     """The teacher's heads that the student still has, in its order."""
-    if heads.equal(torch.arange(_num_heads(recorded), device=heads.device)):
+    if len(heads) == _num_heads(recorded):
         return recorded
     if isinstance(recorded, QueryKey):
         return QueryKey(recorded.query[:, heads], recorded.key[:, heads])

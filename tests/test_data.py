@@ -88,6 +88,8 @@ def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
     for step in (5, 0, 3):
         assert torch.equal(again[step]["input_ids"], steps[step]["input_ids"])
         assert torch.equal(again[step]["labels"], steps[step]["labels"])
+    places = {tuple((step["labels"] != -100).flatten().tolist()) for step in steps}
+    assert len(places) == 6, "every step masks other places"
     other = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=5)
     assert not torch.equal(other[0]["input_ids"], steps[0]["input_ids"])
 

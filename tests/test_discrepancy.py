@@ -30,6 +30,7 @@ def test_measures_agree_with_numpy(tokenizer, blocks):
     assert measured["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
     assert measured["agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
     assert measured["accuracy"] == pytest.approx((log_q.argmax(-1) == labels[chosen]).mean())
+    assert measured["teacher_accuracy"] == pytest.approx((log_p.argmax(-1) == labels[chosen]).mean())
     assert measured["mlm"] == pytest.approx(-log_q[rows, labels[chosen]].mean(), rel=1e-4)
     assert measured["teacher_mlm"] == pytest.approx(-log_p[rows, labels[chosen]].mean(), rel=1e-4)
     errors = []

@@ -28,6 +28,10 @@ def test_cubic_is_the_papers_formula():
         assert hdlib.cubic(t, t_i, t_f, r_f) == pytest.approx(expected, rel=1e-12)
 
 
+def test_one_shot_is_there_at_the_start():
+    assert [hdlib.one_shot(step, 7, 9, 0.3) for step in (6, 7, 8)] == [1.0, 0.3, 0.3]
+
+
 def test_an_end_before_the_start_is_refused():
     with pytest.raises(ValueError, match="end after it starts"):
         hdlib.cubic(3, 10, 10, 0.5)
