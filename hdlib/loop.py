@@ -226,7 +226,7 @@ def _open_run(accelerator: Accelerator, run_dir, arguments: dict, resume: bool) 
         return run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        Run.start(run_dir, arguments)
+        Run.start(run_dir, arguments, accelerator.num_processes)
     accelerator.wait_for_everyone()
     return Run.load(run_dir)
 

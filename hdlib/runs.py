@@ -42,7 +42,7 @@ class Run:
         return run
 
     @classmethod
-    def start(cls, folder: str | Path, arguments: dict) -> Run:
+    def start(cls, folder: str | Path, arguments: dict, processes: int = 1) -> Run:
         """Make a new run folder. Raises FileExistsError if another run is there."""
         run = cls(folder)
         if run._file("run.json").exists():
@@ -50,7 +50,7 @@ class Run:
                 f"{folder} already holds a run; pass resume=True to go on with it, or another folder for a new one"
             )
         run.folder.mkdir(parents=True, exist_ok=True)
-        description = {"arguments": arguments, "versions": _versions(), "machine": _machine()}
+        description = {"arguments": arguments, "processes": processes, "versions": _versions(), "machine": _machine()}
         _write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
         return run
 

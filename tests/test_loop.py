@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -179,21 +180,14 @@ def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file):
         places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
         places["run_dir"] = str(tmp_path / f"run_{processes}")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places))
-        launch = [
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_cpu_threads_per_process",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"] if processes > 1 else []
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *launch, "-m", "hdlib", str(tmp_path / "config.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(hdlib.Run.load(places["run_dir"]))
     one, two = results
+    assert (one.description["processes"], two.description["processes"]) == (1, 2)
     assert one.metrics["hidden_size"].equals(two.metrics["hidden_size"])
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-4)
