@@ -155,7 +155,7 @@ def ship(corpus: str, run: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, steps in (("adapt", 6000), ("narrow", 8000), ("ship", None)):
+    for name, steps in (("adapt", 6000), ("narrow", 7000), ("ship", None)):
         command = commands.add_parser(name)
         command.add_argument("--corpus", required=True, help="encyclopedic text: a path or a hub data set")
         command.add_argument("--out", type=Path, required=True)
