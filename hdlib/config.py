@@ -54,6 +54,8 @@ class DistillConfig:
 
     def __post_init__(self):
         if isinstance(self.target, dict):
+            unknown = set(self.target) - {field.name for field in fields(Widths)}
+            _require(not unknown, f"target: a shape has hidden, ffn, head_dim and heads; got {sorted(unknown)}")
             object.__setattr__(self, "target", Widths(**self.target))
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_types()
@@ -69,6 +71,12 @@ class DistillConfig:
             0 <= self.prune_start < self.prune_end <= 1,
             f"pruning must start before it ends, both as fractions of the steps in [0, 1]; "
             f"got prune_start={self.prune_start}, prune_end={self.prune_end}",
+        )
+        start, end = self._pruning_steps()
+        _require(
+            start < end,
+            f"of {self.steps} steps, pruning from {self.prune_start} to {self.prune_end} leaves none: "
+            "more steps, or prune_start and prune_end further apart",
         )
         _require(0 <= self.warmup <= 1, f"warmup is a fraction of the steps in [0, 1]; got {self.warmup}")
         _require(0 < self.mask_probability < 1, f"mask_probability is in (0, 1); got {self.mask_probability}")
@@ -108,10 +116,14 @@ class DistillConfig:
         Every width follows r(t) = r_f + (1 - r_f) s(t) with an r_f of its own; s is the schedule for
         r_f = 0, the share of the way that is still to go.
         """
-        start, end = round(self.prune_start * self.steps), max(1, round(self.prune_end * self.steps))
+        start, end = self._pruning_steps()
         if step < end:
             step -= step % self.prune_every
         return wide.between(target, 1 - SCHEDULES[self.schedule](step, start, end, 0.0))
+
+    def _pruning_steps(self) -> tuple[int, int]:
+        """t_i and t_f in steps."""
+        return round(self.prune_start * self.steps), max(1, round(self.prune_end * self.steps))
 
     def loss_options(self) -> dict:
         names = (*TERMS, "temperature", "attention_target", "positions")

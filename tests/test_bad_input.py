@@ -238,6 +238,8 @@ def test_an_optimizer_of_another_model(teacher):
         ({"prune_start": 0.7, "prune_end": 0.3}, "start before it ends"),
         ({"prune_start": 0.5, "prune_end": 0.5}, "start before it ends"),
         ({"prune_end": 1.2}, "start before it ends"),
+        ({"steps": 10, "prune_start": 0.5, "prune_end": 0.52}, "of 10 steps, pruning from 0.5 to 0.52 leaves none"),
+        ({"target": {"width": 12}}, "target: a shape has hidden, ffn"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": -4}, "batch_size must be at least 1"),
         ({"learning_rate": "3e-4"}, "learning_rate must be of type float; got '3e-4'"),
