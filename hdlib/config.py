@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .losses import TERMS, DistillationLoss
@@ -94,6 +95,8 @@ class DistillConfig:
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
         target = target.resolved(teacher)
         check_vocabulary(tokenizer, teacher)
+        broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
+        _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}")
         for part, blocks in (("training", train), ("validation", validation)):
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks")
         _require(

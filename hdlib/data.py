@@ -170,11 +170,11 @@ def _from_files(paths: list[Path]) -> DatasetDict:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
     found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [file for file in found if file.is_file() and file.suffix in READERS]
+    files = [file for file in found if file.is_file() and file.suffix.lower() in READERS]
     where = ", ".join(map(str, paths))
     if not files:
         raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
-    kinds = sorted({READERS[file.suffix] for file in files})
+    kinds = sorted({READERS[file.suffix.lower()] for file in files})
     if len(kinds) > 1:
         raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     for file in files:
@@ -210,7 +210,7 @@ def _check_text(file: Path) -> None:
     """Raise ValueError for a file that is empty, or text that is not UTF-8, naming the byte."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     with file.open("rb") as stream:

@@ -85,8 +85,11 @@ class _LinearFit:
         self.elements += targets.numel()
 
     def residual(self) -> float:
-        """Mean squared error that the best linear map leaves, 0.0 at least."""
+        """Mean squared error that the best linear map leaves; not a number if a state was not finite."""
+        if not torch.isfinite(self.inner).all():
+            return float("nan")
         inner, cross = self.inner.cpu(), self.cross.cpu()  # this driver, which bears rank deficiency, is the CPU's
         weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt)
         explained = (weights * cross).sum()
-        return max(0.0, (float(self.targets) - float(explained)) / self.elements)
+        left = (float(self.targets) - float(explained)) / self.elements
+        return 0.0 if left < 0 else left  # rounding can leave a little less than nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -109,6 +110,7 @@ def distill(
             training.done(step, perf_counter() - started)
             due = step % config.eval_every == 0 or step == config.steps
             measured = discrepancy(student, teacher, held_out) if due else {}
+            _check_finite(step, _held_out(measured), run)
             report.step(terms, norm, widths, measured)
             if step % config.checkpoint_every == 0 and step < config.steps:
                 report.checkpoint(tokenizer)
@@ -284,13 +286,13 @@ def _autocast(accelerator: Accelerator, config: DistillConfig):
     return torch.autocast(accelerator.device.type, torch.bfloat16)
 
 
-def _check_finite(step: int, values: dict[str, torch.Tensor], run: Run) -> None:
-    broken = [name for name, value in values.items() if not torch.isfinite(value)]
+def _check_finite(step: int, values: dict[str, torch.Tensor | float], run: Run) -> None:
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         name = next((name for name in broken if name != "total"), broken[0])
         saved = run.checkpoints()
         raise Diverged(
-            f"step {step}: {name} is {values[name].item()}; nothing of this step was applied. "
+            f"step {step}: {name} is {float(values[name])}. "
             + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
             + "A lower learning_rate or a longer warmup is the usual way out."
         )

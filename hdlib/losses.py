@@ -83,8 +83,8 @@ class LossTerms:
     embedding: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """The terms that were computed, by name, the total first."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The terms that were computed, by name, the total first, without their graph."""
+        return {name: value.detach() for name, value in vars(self).items() if value is not None}
 
 
 class DistillationLoss(nn.Module):

@@ -108,7 +108,7 @@ def replace_parameter(old, new, sites, optimizer=None, take=lambda tensor: tenso
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is not None:
-        powers = {"exp_avg_sq": 2, "max_exp_avg_sq": 2}
+        powers = dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2)
         optimizer.state[new] = {
             key: take(value) / factor ** powers.get(key, 1)
             if torch.is_tensor(value) and value.shape == old.shape
@@ -177,9 +177,14 @@ def _check_optimizer(model: nn.Module, optimizer) -> None:
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimiser does not hold {len(missing)} trainable parameters of the model, {missing[0]} among them: "
-            "pass the one that trains this model"
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"the optimiser does not hold the trainable parameter {name}: pass the one that trains this model"
+            )
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value) and value.numel() > 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimiser's state {key!r} of {name} has shape {tuple(value.shape)}, which does not follow "
+                    "the neurons: take one whose state has the parameters' shapes, as AdamW or SGD"
+                )

@@ -47,7 +47,9 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
         if metrics.empty:
             continue
         measured = metrics["held_out_kl"].dropna()
-        upper.plot(measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, label=name)
+        upper.plot(
+            measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, clip_on=False, label=name
+        )
         lower.step(metrics.index, metrics["hidden_size"], where="post", color=colour, linestyle=style)
     _finish(upper, "KL(teacher ‖ student)\nnats per masked word, held out")
     _finish(lower, "hidden width\nneurons")

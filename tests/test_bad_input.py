@@ -260,6 +260,24 @@ def test_a_config_that_cannot_be(arguments, words):
         DistillConfig(**arguments)
 
 
+def test_a_teacher_whose_weights_are_not_finite(teacher, tokenizer, blocks, short, tmp_path):
+    teacher.cls.predictions.transform.dense.weight.data[0, 0] = float("nan")
+    with refused("not all finite: cls.predictions.transform.dense.weight"):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_whose_state_does_not_follow(teacher, blocks):
+    from transformers.optimization import Adafactor
+
+    optimizer = Adafactor(teacher.parameters(), lr=1e-3, relative_step=False)
+    teacher(torch.tensor(blocks[0][:2]["input_ids"])).logits.sum().backward()
+    optimizer.step()
+    with refused("exp_avg_sq_row.*does not follow the neurons"):
+        hdlib.narrow(teacher, Widths(hidden=12), None, optimizer)
+    assert teacher.config.hidden_size == 24
+
+
 def test_fewer_blocks_than_a_batch(teacher, tokenizer, blocks, short, tmp_path):
     with refused("3 blocks, fewer than one batch of 4"):
         hdlib.distill(teacher, tokenizer, blocks[0].take(3), blocks[1], DistillConfig(**short), tmp_path / "run")

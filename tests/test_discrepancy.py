@@ -46,6 +46,13 @@ def test_models_are_left_in_their_mode(teacher, blocks):
     assert student.training and not teacher.training and measured["kl"] == 0.0
 
 
+def test_states_that_are_not_finite_show(teacher, blocks):
+    student = hdlib.models.student_of(teacher)
+    student.bert.encoder.layer[1].output.dense.bias.data[0] = float("inf")
+    measured = hdlib.discrepancy(student, teacher, blocks[1].take(4))
+    assert np.isnan(measured["hidden"]) and np.isnan(measured["kl"])
+
+
 def test_blocks_without_labels_are_refused(teacher, blocks):
     none = blocks[1].take(2).map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(ValueError, match="no masked position"):

@@ -164,6 +164,14 @@ def test_a_gradient_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, con
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
 
 
+def test_a_step_too_far_is_named(teacher, tokenizer, blocks, tmp_path):
+    """A learning rate that throws the weights out of range: the message names a step, the record stays readable."""
+    config = DistillConfig(**ARGUMENTS | {"learning_rate": 1e30, "warmup": 0.0, "eval_every": 1})
+    with pytest.raises(hdlib.Diverged, match=r"step \d+: .* is (nan|inf|-inf).*learning_rate"):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    assert all(math.isfinite(value) for record in hdlib.Run.load(tmp_path).records() for value in record.values())
+
+
 def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"precision": "bfloat16", "steps": 6})
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)

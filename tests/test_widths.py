@@ -1,0 +1,102 @@
+"""Shapes: the published ones, the nearest possible ones, and every head a BERT can wear."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+
+import hdlib
+from hdlib import Widths
+
+from conftest import random_batch, random_bert
+
+
+@pytest.mark.parametrize(
+    "ratio, hidden, ffn, millions",
+    [(0.75, 576, 2304, 65.0), (0.3125, 240, 960, 15.6)],  # HomoBERT-base and -xsmall, as published
+)
+def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
+    with torch.device("meta"):
+        base = BertModel(BertConfig())
+        widths = Widths.at(base, ratio)
+        assert widths == Widths(hidden, ffn, hidden // 12, 12)
+        narrow = BertModel(BertConfig(hidden_size=hidden, intermediate_size=ffn))
+    layers_and_words = sum(p.numel() for n, p in narrow.named_parameters() if "layer" in n or "word" in n)
+    assert layers_and_words / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_the_nearest_possible_shape():
+    with torch.device("meta"):
+        base = BertModel(BertConfig())
+    assert Widths.at(base, 0.29) == Widths(228, 891, 19, 12)
+    assert Widths.at(base, 0.29, multiple_of=8) == Widths(216, 888, 18, 12)
+    assert Widths.at(base, 1.0) == Widths.of(base) == Widths(768, 3072, 64, 12)
+    assert Widths.at(base, 0.001).hidden == 12
+
+
+@pytest.mark.parametrize(
+    "given, full",
+    [
+        (Widths(hidden=12), Widths(12, 56, 3, 4)),
+        (Widths(ffn=9), Widths(24, 9, 6, 4)),
+        (Widths(heads=2), Widths(12, 56, 6, 2)),
+        (Widths(head_dim=2), Widths(8, 56, 2, 4)),
+        (Widths(hidden=12, head_dim=6), Widths(12, 56, 6, 2)),
+        (Widths(), Widths(24, 56, 6, 4)),
+    ],
+)
+def test_what_is_left_out_follows(given, full):
+    model = random_bert(heads=4, head_dim=6, ffn=56)
+    assert given.resolved(model) == full
+    hdlib.narrow(model, given)
+    assert Widths.of(model) == full
+
+
+def test_the_way_between_two_shapes():
+    wide, narrow = Widths(768, 3072, 64, 12), Widths(228, 891, 19, 12)
+    assert wide.between(narrow, 0.0) == wide and wide.between(narrow, 1.0) == narrow
+    way = [wide.between(narrow, i / 100) for i in range(101)]
+    for name in ("hidden", "ffn", "head_dim"):
+        widths = [getattr(shape, name) for shape in way]
+        assert widths == sorted(widths, reverse=True)
+    assert all(shape.hidden == shape.heads * shape.head_dim for shape in way)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BertModel,
+        BertForMaskedLM,
+        BertForPreTraining,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertForQuestionAnswering,
+    ],
+)
+def test_every_head_narrows_and_loads(kind, tied, tmp_path):
+    config = random_bert().config
+    config.update({"tie_word_embeddings": tied, "type_vocab_size": 1, "hidden_act": "relu"})
+    model = kind(config).eval()
+    hdlib.narrow(model, Widths(hidden=8, ffn=11))
+    model.save_pretrained(tmp_path)
+    loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    input_ids, _ = random_batch()
+    for ours, theirs in zip(model(input_ids).to_tuple(), loaded.eval()(input_ids).to_tuple(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_frozen_parameters_stay_frozen():
+    model = random_bert()
+    model.bert.embeddings.requires_grad_(False)
+    hdlib.narrow(model, Widths(hidden=8))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if "embeddings" in name}
