@@ -1,7 +1,8 @@
 """A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
 
-The file holds the arguments of `DistillConfig` and, beside them, `teacher`, `corpus`, `length` and `run_dir`;
-what is left out takes its default. `run_dir` must be named. `--resume` goes on from the newest checkpoint.
+The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and
+`load_corpus` (`teacher`, `corpus`, `length`, `text_column`, `subset`) and the folder of the run, `run_dir`, which must
+be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ import yaml
 
 from . import DistillConfig, distill, load_corpus, load_teacher
 
-PLACES = {"teacher": "embedded", "corpus": "embedded", "length": 128, "run_dir": None}
+PLACES = {
+    "teacher": "embedded",
+    "corpus": "embedded",
+    "length": 128,
+    "text_column": "text",
+    "subset": None,
+    "run_dir": None,
+}
 
 
 def main() -> None:
@@ -25,7 +33,8 @@ def main() -> None:
     try:
         places, config = read(arguments.config)
         teacher, tokenizer = load_teacher(places["teacher"])
-        train, validation = load_corpus(places["corpus"], tokenizer, places["length"])
+        text = {name: places[name] for name in ("length", "text_column", "subset")}
+        train, validation = load_corpus(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
     except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from error

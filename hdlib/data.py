@@ -161,7 +161,10 @@ def load_documents(
     documents = _from_files(paths) if local else _from_hub(str(name_or_path), subset)
     for split, part in documents.items():
         if text_column not in part.column_names:
-            raise ValueError(f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}")
+            raise ValueError(
+                f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}: "
+                "say which of them with text_column"
+            )
     return documents.select_columns([text_column])
 
 
