@@ -20,7 +20,7 @@ setup: .venv/installed
 
 quickstart: setup
 	mkdir -p runs
-	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 500
+	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 400
 	@echo "Read the executed notebook: runs/00_quickstart.ipynb (make lab opens JupyterLab)"
 
 test: setup

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .narrowing import replace_parameter
+
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
 IGNORED = -100  # label of a position that is not predicted
 
@@ -202,7 +204,6 @@ class DistillationLoss(nn.Module):
     @torch.no_grad()
     def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Let projections and head pairing follow a prune; `kept` is what `hdlib.narrow` returned."""
-        from .narrowing import replace_parameter  # the one thing shared with it: exchanging a parameter
 
         def rows(tensor):
             return tensor.index_select(0, kept["hidden"].to(tensor.device))

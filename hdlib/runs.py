@@ -17,6 +17,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,10 +65,8 @@ class Run:
         return self.description["arguments"]
 
     @property
-    def metrics(self):
+    def metrics(self) -> pd.DataFrame:
         """Every logged step as a pandas DataFrame, indexed by step; empty before the first."""
-        import pandas as pd
-
         records = self.records()
         return pd.DataFrame(records).set_index("step") if records else pd.DataFrame()
 
