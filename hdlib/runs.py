@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+PARTS = ("run.json", "metrics.jsonl", "checkpoints", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -44,11 +45,12 @@ class Run:
 
     @classmethod
     def start(cls, folder: str | Path, arguments: dict, processes: int = 1) -> Run:
-        """Make a new run folder. Raises FileExistsError if another run is there."""
+        """Make a new run folder. Raises FileExistsError if another run is there, or a part of one."""
         run = cls(folder)
-        if run._file("run.json").exists():
+        if there := [name for name in PARTS if run._file(name).exists()]:
             raise FileExistsError(
-                f"{folder} already holds a run; pass resume=True to go on with it, or another folder for a new one"
+                f"{folder} already holds a run ({', '.join(there)}); "
+                "pass resume=True to go on with it, or another folder for a new one"
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         description = {"arguments": arguments, "processes": processes, "versions": _versions(), "machine": _machine()}

@@ -311,6 +311,21 @@ def test_a_folder_that_holds_another_run(teacher, tokenizer, blocks, short, tmp_
     assert (tmp_path / "metrics.jsonl").read_text() == metrics and run.finished
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_a_student_of_somebody_else(teacher, tokenizer, blocks, short, tmp_path, resume):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "thesis.txt").write_text("years of work")
+    with refused("already holds a run \\(student\\)", FileExistsError):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short), tmp_path, resume=resume)
+    assert (tmp_path / "student" / "thesis.txt").read_text() == "years of work"
+
+
+def test_training_blocks_with_padding(teacher, tokenizer, blocks, short, tmp_path):
+    padded = blocks[0].take(20).map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
+    with refused("attention_mask.*packed without padding"):
+        hdlib.distill(teacher, tokenizer, padded, blocks[1], DistillConfig(**short), tmp_path / "run")
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with refused("is no run folder", FileNotFoundError):
         hdlib.Run.load(tmp_path)

@@ -47,6 +47,14 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
     assert hdlib.load_corpus(reference, tokenizer, 16)[0]["input_ids"] == train["input_ids"]
 
 
+def test_names_that_only_contain_such_a_word_are_trained_on(tmp_path, tokenizer):
+    (tmp_path / "latest_devices.txt").write_text("the student learns. " * 200)
+    (tmp_path / "part-dev-0.txt").write_text("a quick teacher. " * 100)
+    train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16)
+    assert "student" in tokenizer.decode([*chain(*train["input_ids"])])
+    assert "student" not in tokenizer.decode([*chain(*validation["input_ids"])])
+
+
 def test_a_list_of_files(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("the student learns. " * 200)
     (tmp_path / "b.txt").write_text("a quick teacher. " * 200)
