@@ -48,6 +48,7 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
 
 
 def test_names_that_only_contain_such_a_word_are_trained_on(tmp_path, tokenizer):
+    (tmp_path / "plain.txt").write_text("a slow neuron. " * 100)
     (tmp_path / "latest_devices.txt").write_text("the student learns. " * 200)
     (tmp_path / "part-dev-0.txt").write_text("a quick teacher. " * 100)
     train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16)
