@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import hdlib
-from hdlib.data import MaskedBatches, Masking, load_documents
+from hdlib.data import TrainingBatches, Masking, load_documents
 from hdlib.losses import mlm_loss
 from hdlib.models import forward
 
@@ -54,7 +54,7 @@ def adapt(corpus: str, out: Path, steps: int) -> None:
     train, validation = mixture(corpus, small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01)
     learning_rate = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    batches = MaskedBatches(train, Masking.of(small), batch_size=16, seed=0)
+    batches = TrainingBatches(train, Masking.of(small), batch_size=16, seed=0)
     for step in (bar := tqdm(range(steps), desc="adapting")):
         batch = batches[step]
         masked = batch["labels"] != -100

@@ -6,6 +6,7 @@ from .data import load_corpus
 from .discrepancy import discrepancy
 from .loop import Diverged, distill
 from .losses import DistillationLoss, LossTerms
+from .masking import Masks
 from .models import forward, load_teacher
 from .narrowing import narrow
 from .plots import plot_discrepancy, plot_losses
@@ -21,6 +22,7 @@ __all__ = [
     "Diverged",
     "LiveFigure",
     "LossTerms",
+    "Masks",
     "Run",
     "UnsupportedArchitecture",
     "WidthGroup",

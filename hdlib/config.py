@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .losses import TERMS, DistillationLoss
-from .models import check_vocabulary
+from .masking import SCOPES
+from .models import check_vocabulary, num_positions
 from .schedules import SCHEDULES
 from .scorers import SCORERS
-from .widths import Widths, width_groups
+from .widths import Widths, family, width_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,20 @@ class DistillConfig:
     prune_start: float = 0.05  # t_i as a fraction of the steps
     prune_end: float = 0.70  # t_f as a fraction of the steps
     prune_every: int = 10  # steps from one prune to the next
-    scorer: str = "sensitivity"  # importance: sensitivity, magnitude or random
+    scorer: str = "sensitivity"  # importance: sensitivity, platon, magnitude, movement or random
     smoothing: float = 0.85  # beta, weight of the past in the moving average of the scores
+    masked: bool = False  # neurons are masked while training and removed at the end (the dense baseline)
+    recover: bool = False  # masked neurons may return until t_f; implies masks
+    scope: str = "local"  # the same quota in every layer; or global, one ranking over all layers, under masks only
 
-    mlm: float = 1.0  # weight of the masked-language-model loss
+    mlm: float = 1.0  # weight of the language-model loss, on masked or on next tokens
     prediction: float = 1.0  # weight of KL(teacher || student)
     hidden: float = 1.0  # weight of the hidden-state loss
     attention: float = 1.0  # weight of the attention loss
     embedding: float = 1.0  # weight of the embedding loss
     temperature: float = 1.0  # T of the prediction loss
     attention_target: str = "scores"  # compare attention scores before the softmax, or probs after it
-    positions: str = "masked"  # where predictions are compared: masked, or all
+    positions: str = "masked"  # where predictions are compared: masked (causal: all with a next token), or all
 
     learning_rate: float = 6e-4  # peak, Adam
     warmup: float = 0.1  # fraction of the steps in which the learning rate rises
@@ -108,7 +112,7 @@ class DistillConfig:
             self.batch_size % processes == 0,
             f"batch_size {self.batch_size} cannot be shared out evenly to {processes} processes",
         )
-        length, positions = len(train[0]["input_ids"]), teacher.config.max_position_embeddings
+        length, positions = len(train[0]["input_ids"]), num_positions(teacher)
         _require(length <= positions, f"blocks have {length} tokens, the teacher only {positions} positions")
         _require(
             "attention_mask" not in train.column_names,
@@ -116,9 +120,20 @@ class DistillConfig:
             "pass blocks packed without padding, as load_corpus makes them",
         )
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
+        first, causal = validation[0], family(teacher).causal
+        _require(
+            causal == (first["labels"][:-1] == first["input_ids"][1:]),
+            f"the teacher predicts {'next' if causal else 'masked'} tokens, but the validation blocks ask for "
+            f"{'masked' if causal else 'next'} ones: make them with load_corpus(..., causal={causal})",
+        )
         return target
 
-    def widths_at(self, step: int, wide: Widths, target: Widths) -> Widths:
+    @property
+    def under_masks(self) -> bool:
+        """Neurons are masked while training, not removed."""
+        return self.masked or self.recover or self.scope == "global"
+
+    def widths_at(self, step: int, teacher: PreTrainedModel, target: Widths) -> Widths:
         """The shape after a step. Between two prunes it is that of the one before.
 
         Every width follows r(t) = r_f + (1 - r_f) s(t) with an r_f of its own; s is the schedule for
@@ -127,7 +142,13 @@ class DistillConfig:
         start, end = self._pruning_steps()
         if step < end:
             step -= step % self.prune_every
-        return wide.between(target, 1 - SCHEDULES[self.schedule](step, start, end, 0.0))
+        progress = 1 - SCHEDULES[self.schedule](step, start, end, 0.0)
+        return Widths.of(teacher).between(target, progress, teacher)
+
+    def chooses_at(self, step: int) -> bool:
+        """Whether neurons are ranked anew after a step: between t_i and t_f, every `prune_every` steps."""
+        start, end = self._pruning_steps()
+        return start <= step <= end and (step % self.prune_every == 0 or step == end)
 
     def _pruning_steps(self) -> tuple[int, int]:
         """t_i and t_f in steps."""
@@ -148,7 +169,7 @@ class DistillConfig:
             if field.name in ("target", "betas"):
                 continue
             kinds = (int, float) if isinstance(default, float) else type(default)
-            if isinstance(value, bool) or not isinstance(value, kinds):
+            if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
                 raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
         if isinstance(self.target, bool) or not isinstance(self.target, (int, float, Widths)):
             raise ValueError(f"target is a fraction or Widths; got {self.target!r}")
@@ -161,4 +182,9 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-_CHOICES = {"schedule": tuple(SCHEDULES), "scorer": tuple(SCORERS), "precision": ("float32", "bfloat16")}
+_CHOICES = {
+    "schedule": tuple(SCHEDULES),
+    "scorer": tuple(SCORERS),
+    "scope": SCOPES,
+    "precision": ("float32", "bfloat16"),
+}

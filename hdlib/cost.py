@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from statistics import median
 from time import perf_counter
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameter counts, tied weights once: `total`, and `encoder`, the layers without embeddings and head."""
-    layers = sum(p.numel() for name, p in model.named_parameters() if ".layer." in name)
+    layers = sum(p.numel() for name, p in model.named_parameters() if re.search(r"[.]\d+[.]", name))
     return {"total": model.num_parameters(), "encoder": layers}
 
 

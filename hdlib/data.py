@@ -1,6 +1,7 @@
-"""Text to fixed-length token blocks, and blocks to masked batches.
+"""Text to fixed-length token blocks, and blocks to batches with something to predict.
 
-Blocks are packed without padding, [CLS] ... [SEP], memory-mapped and cached by `datasets`. The batch of
+Blocks are packed without padding, [CLS] ... [SEP] for masked models, the bare stream of text for causal
+ones, memory-mapped and cached by `datasets`. The batch of
 step t is a pure function of (seed, t): a resumed run sees what the undisturbed one saw, and N
 processes share out the batch that one process would have had.
 """
@@ -39,6 +40,7 @@ def load_corpus(
     *,
     text_column: str = "text",
     subset: str | None = None,
+    causal: bool | None = None,
     validation_blocks: int = 1024,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
@@ -51,12 +53,14 @@ def load_corpus(
         length: S, tokens a block, [CLS] and [SEP] included.
         text_column: where the text is in jsonl, parquet and hub data.
         subset: the configuration of a hub data set that has several.
+        causal: the next token is to be predicted instead of masked ones; None: if the tokenizer has no mask token.
         validation_blocks: at most so many blocks are held out.
         seed: of the held-out masks (and of the hold-out, where the data has no validation part).
 
     Returns:
         (train, validation): `train` with `input_ids`; `validation` with `input_ids` that are masked once
-        and for all and the `labels` of the masked positions (-100 elsewhere). Files with the word "validation",
+        and for all and the `labels` of the masked positions (-100 elsewhere), or, causal, the plain `input_ids` and
+        as the label of each the token after it. Files with the word "validation",
         "valid", "dev" or "test" in their names are held out; without any, one document in fifty is.
 
     Raises:
@@ -68,10 +72,13 @@ def load_corpus(
         raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
     if not 8 <= length <= tokenizer.model_max_length:
         raise ValueError(f"length is from 8 to the {tokenizer.model_max_length} positions of the teacher; got {length}")
+    causal = tokenizer.mask_token_id is None if causal is None else causal
     documents = load_documents(name_or_path, text_column, subset)
     if "validation" not in documents and len(documents["train"]) >= HELD_OUT:
         documents = _hold_out(documents["train"], seed)
-    blocks = DatasetDict({split: _pack(part, tokenizer, length, text_column) for split, part in documents.items()})
+    blocks = DatasetDict(
+        {split: _pack(part, tokenizer, length, text_column, causal) for split, part in documents.items()}
+    )
     if "validation" not in blocks:  # a few long documents: the end of the last one
         count = len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT)
         blocks = DatasetDict(train=blocks["train"].take(max(count, 0)), validation=blocks["train"].skip(max(count, 0)))
@@ -79,7 +86,7 @@ def load_corpus(
         if len(part) == 0:
             raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
     validation = blocks["validation"].select(range(min(validation_blocks, len(blocks["validation"]))))
-    return blocks["train"], _masked_once(validation, Masking.of(tokenizer), seed)
+    return blocks["train"], _labelled_once(validation, NextToken() if causal else Masking.of(tokenizer), seed)
 
 
 @dataclass(frozen=True)
@@ -113,19 +120,34 @@ class Masking:
         return masked.masked_fill(chosen & (fate < 0.8), self.mask_token_id), labels
 
 
-class MaskedBatches(torch.utils.data.Dataset):
-    """The batch of every step: item t is the masked batch of step t, a pure function of (seed, t).
+class NextToken:
+    """Causal language modelling: nothing is hidden, the label of each token is the one after it."""
+
+    def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, S) token ids to the same ids and labels, (B, S); the last of a block has no label, -100."""
+        return input_ids, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
+
+
+class TrainingBatches(torch.utils.data.Dataset):
+    """The batch of every step: item t is the batch of step t, a pure function of (seed, t).
 
     Args:
         blocks: training blocks with `input_ids`.
-        masking: what is hidden.
+        task: what is hidden and what is to be predicted: Masking or NextToken.
         batch_size: B, blocks a step over all processes.
         seed: of order and masks. Every pass over the corpus has an order of its own.
         share: (rank, processes): this process gets every processes-th block of the batch.
     """
 
-    def __init__(self, blocks: Dataset, masking: Masking, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
-        self.blocks, self.masking, self.batch_size, self.seed = blocks.with_format("torch"), masking, batch_size, seed
+    def __init__(
+        self,
+        blocks: Dataset,
+        task: Masking | NextToken,
+        batch_size: int,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.blocks, self.task, self.batch_size, self.seed = blocks.with_format("torch"), task, batch_size, seed
         self.rank, self.processes = share
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
 
@@ -133,7 +155,7 @@ class MaskedBatches(torch.utils.data.Dataset):
         first = step * self.batch_size
         indices = [self._index(first + i) for i in range(self.batch_size)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        input_ids, labels = self.masking(self.blocks[indices]["input_ids"], generator)
+        input_ids, labels = self.task(self.blocks[indices]["input_ids"], generator)
         mine = slice(self.rank, None, self.processes)
         return {"input_ids": input_ids[mine], "labels": labels[mine]}
 
@@ -228,16 +250,36 @@ def _check_text(file: Path) -> None:
             done += len(chunk)
 
 
-def _pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, text_column: str) -> Dataset:
-    """Documents to blocks [CLS] tokens [SEP], the documents separated by [SEP] inside them."""
-    identity = (documents._fingerprint, tokenizer.backend_tokenizer.to_str(), length, text_column, RECIPE)
-    first, separator, room = tokenizer.cls_token_id, tokenizer.sep_token_id, length - 2
+def _pack(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, text_column: str, causal: bool
+) -> Dataset:
+    """Documents to blocks [CLS] tokens [SEP], the documents separated by [SEP] inside them.
+
+    Causal models read the stream as it comes, with the end-of-text token between documents.
+    """
+    frame = ([], []) if causal else ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
+    between = tokenizer.eos_token_id if causal else tokenizer.sep_token_id
+    if between is None or None in frame[0]:
+        raise ValueError(
+            "the tokenizer has no token to put between documents: "
+            + ("causal text needs eos_token" if causal else "masked text needs cls_token and sep_token")
+        )
+    room = length - len(frame[0]) - len(frame[1])
+    identity = (
+        documents._fingerprint,
+        tokenizer.backend_tokenizer.to_str(),
+        length,
+        text_column,
+        frame,
+        between,
+        RECIPE,
+    )
 
     def pack(texts: list[str | None]) -> dict[str, list[list[int]]]:
         encoded = tokenizer([text for text in texts if text], add_special_tokens=False, verbose=False)["input_ids"]
-        stream = list(chain.from_iterable([*tokens, separator] for tokens in encoded if tokens))
+        stream = list(chain.from_iterable([*tokens, between] for tokens in encoded if tokens))
         pieces = (stream[i : i + room] for i in range(0, len(stream) - room + 1, room))
-        return {"input_ids": [[first, *piece, separator] for piece in pieces]}
+        return {"input_ids": [[*frame[0], *piece, *frame[1]] for piece in pieces]}
 
     return documents.map(
         pack,
@@ -254,7 +296,7 @@ def _hold_out(documents: Dataset, seed: int) -> DatasetDict:
     return DatasetDict(train=parts["train"], validation=parts["test"])
 
 
-def _masked_once(blocks: Dataset, masking: Masking, seed: int) -> Dataset:
+def _labelled_once(blocks: Dataset, task: Masking | NextToken, seed: int) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
-    input_ids, labels = masking(blocks.with_format("torch")[:]["input_ids"], generator)
+    input_ids, labels = task(blocks.with_format("torch")[:]["input_ids"], generator)
     return Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": labels.tolist()})

@@ -13,25 +13,30 @@ from .models import forward
 
 
 @torch.no_grad()
-def discrepancy(student: PreTrainedModel, teacher: PreTrainedModel, blocks, batch_size: int = 16) -> dict[str, float]:
-    """The prediction discrepancy and its companions at the masked positions of held-out blocks.
+def discrepancy(
+    student: PreTrainedModel, teacher: PreTrainedModel, blocks, batch_size: int = 16, neurons: Tensor | None = None
+) -> dict[str, float]:
+    """The prediction discrepancy and its companions at the labelled positions of held-out blocks.
+
+    Labelled are the masked tokens, or, for causal models, all that have a next one.
 
     Args:
         student, teacher: models with their heads over one vocabulary; put in eval mode for the measure.
         blocks: held-out blocks with fixed `labels`, as `load_corpus` returns for validation.
         batch_size: blocks a forward; changes nothing but memory.
+        neurons: of a student under masks, the indices of its residual neurons that count; None for all.
 
     Returns:
-        kl: KL(teacher || student), nats a masked token, mean (the paper's discrepancy); 0.0 if identical.
-        agreement: share of masked tokens on which the first guesses agree; 1.0 if identical.
-        mlm: the student's masked-token loss in nats, teacher_mlm the teacher's.
-        accuracy, teacher_accuracy: share of masked tokens guessed right.
+        kl: KL(teacher || student), nats a labelled token, mean (the paper's discrepancy); 0.0 if identical.
+        agreement: share of these tokens on which the first guesses agree; 1.0 if identical.
+        mlm: the student's own loss on them in nats, teacher_mlm the teacher's.
+        accuracy, teacher_accuracy: share of them guessed right.
         hidden: mean squared difference between the teacher's hidden states and the best linear map of the
             student's (least squares over these tokens, so that any two widths compare), mean over
             layers and elements; 0.0 if identical, to rounding.
 
     Raises:
-        ValueError: no blocks, or no masked position in them.
+        ValueError: no blocks, or no labelled position in them.
     """
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
@@ -49,10 +54,11 @@ def discrepancy(student: PreTrainedModel, teacher: PreTrainedModel, blocks, batc
         fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
         real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()
         for fit, states, targets in zip(fits, ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+            states = states if neurons is None else states[..., neurons.to(states.device)]
             fit.add(states[real], targets[real])
     student.train(modes[0]), teacher.train(modes[1])
     if positions == 0:
-        raise ValueError("the held-out blocks have no masked position: pass the validation blocks of load_corpus")
+        raise ValueError("the held-out blocks have no labelled position: pass the validation blocks of load_corpus")
     means = {name: float(value) / positions for name, value in sums.items()}
     return means | {"hidden": sum(fit.residual() for fit in fits) / len(fits)}
 

@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from .config import DistillConfig
-from .data import MaskedBatches, Masking
+from .data import Masking, NextToken, TrainingBatches
 from .discrepancy import discrepancy
+from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
+from .masking import Masks, applied
 from .models import forward, recording, student_of
 from .narrowing import narrow
 from .runs import Run
 from .scorers import Scorer, scorer
-from .widths import Widths
+from .widths import Widths, family
 
 
 class Diverged(ArithmeticError):
@@ -44,7 +46,8 @@ def distill(
     """Distil a teacher into a student that starts as its copy and is narrowed on the way (HomoDistil).
 
     Args:
-        teacher: a model with its MLM head; keeps its weights, in float32, in eval mode, on the device of the run.
+        teacher: a model with its language-model head, masked or causal; keeps its weights, in float32, in eval
+            mode, on the device of the run.
         tokenizer: the teacher's.
         train, validation: blocks from `load_corpus`.
         config: every number of the run.
@@ -53,7 +56,8 @@ def distill(
         resume: go on from the newest sound checkpoint in `run_dir`, or start there if there is none.
 
     Returns:
-        The finished Run; its student is a stock checkpoint in `run_dir/student`.
+        The finished Run; its student is a stock checkpoint in `run_dir/student` (after a global quota there
+        is no such thing, and the last checkpoint holds the wide model and its masks).
 
     Raises:
         ValueError: anything that makes the run impossible, before the first step.
@@ -66,10 +70,12 @@ def distill(
     if run.finished:
         return run
     training = _Training.begin(teacher.float().eval().to(accelerator.device), config, run if resume else None)
-    student, loss, optimizer, importance = training.student, training.loss, training.optimizer, training.importance
-    wide, held_out = Widths.of(teacher), validation.take(min(config.eval_blocks, len(validation)))
+    student, loss, masks = training.student, training.loss, training.masks
+    optimizer, importance = training.optimizer, training.importance
+    held_out = validation.take(min(config.eval_blocks, len(validation)))
     share = (accelerator.process_index, accelerator.num_processes)
-    steps = MaskedBatches(train, Masking.of(tokenizer, config.mask_probability), config.batch_size, config.seed, share)
+    task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+    steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
     batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
     with _Reporter(accelerator, run, training, config, on_step) as report, recording(teacher, student):
         if training.step == 0:
@@ -78,22 +84,24 @@ def distill(
             started = perf_counter()
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
-            # 1. Teacher and student read the same masked batch; their heads only what the loss looks at.
-            positions = loss.looked_at(batch["labels"])
-            with _autocast(accelerator, config):
-                with torch.no_grad():
-                    theirs = forward(teacher, batch["input_ids"], positions)
-                ours = forward(student, batch["input_ids"], positions)
-                # 2. The total loss: masked-language modelling and the distillation terms.
-                terms = loss(ours, theirs, batch["labels"])
-            _check_finite(step, terms.named(), run)
-
-            # 3. Backward, and the importance of every neuron while weights and gradients belong together.
-            accelerator.backward(terms.total)
+            with applied(masks):
+                # 1. Teacher and student read the same batch; their heads only what the loss looks at.
+                positions = loss.looked_at(batch["labels"])
+                with _autocast(accelerator, config):
+                    with torch.no_grad():
+                        theirs = forward(teacher, batch["input_ids"], positions)
+                    ours = forward(student, batch["input_ids"], positions)
+                    # 2. The total loss: language modelling and the distillation terms.
+                    terms = loss(ours, theirs, batch["labels"])
+                _check_finite(step, terms.named(), run)
+                # 3. Backward, and the importance of every neuron while weights and gradients belong together.
+                accelerator.backward(terms.total)
             _average_gradients(accelerator, optimizer)
             importance.update(student)
 
             # 4. The optimiser's step.
+            if masks is not None:
+                masks.mask_gradients()
             norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)
             _check_finite(step, {"gradient norm": norm}, run)
             optimizer.step()
@@ -101,25 +109,39 @@ def distill(
             optimizer.zero_grad()
 
             # 5. Keep the most important neurons, as many as the schedule leaves.
-            widths = config.widths_at(step, wide, target)
-            if widths != Widths.of(student):
+            widths = config.widths_at(step, teacher, target)
+            fits = widths.fits_in(training.widths)
+            if masks is not None and fits and config.chooses_at(step):
+                masks.choose(widths, importance.scores())
+            elif masks is None and fits and widths != training.widths:
                 kept = narrow(student, widths, importance.scores(), optimizer)
                 importance.narrow(kept)
                 loss.narrow(kept, optimizer)
 
             training.done(step, perf_counter() - started)
             due = step % config.eval_every == 0 or step == config.steps
-            measured = discrepancy(student, teacher, held_out) if due else {}
+            measured = training.discrepancy(teacher, held_out) if due else {}
             _check_finite(step, _held_out(measured), run)
-            report.step(terms, norm, widths, measured)
+            report.step(terms, norm, training.widths, measured)
             if step % config.checkpoint_every == 0 and step < config.steps:
                 report.checkpoint(tokenizer)
-    if Widths.of(student) != target:
-        raise RuntimeError(f"asked for {target}, got {Widths.of(student)}")
-    if accelerator.is_main_process:
-        run.save_student(student, tokenizer)
-    accelerator.wait_for_everyone()
+    _finish(accelerator, run, training, target, tokenizer)
     return run
+
+
+def _finish(accelerator: Accelerator, run: Run, training: _Training, target: Widths, tokenizer) -> None:
+    """Save the student; what was masked is removed from it first, where a stock model can be had."""
+    exported = training.masks is None or training.masks.scope == "local"
+    if training.masks is not None and exported:
+        training.masks.export()
+    if exported and Widths.of(training.student) != target:
+        raise RuntimeError(f"asked for {target}, got {Widths.of(training.student)}")
+    if accelerator.is_main_process:
+        if exported:
+            run.save_student(training.student, tokenizer)
+        else:
+            run.save_checkpoint(training.step, training.student, tokenizer, training.state())
+    accelerator.wait_for_everyone()
 
 
 class _Training:
@@ -127,6 +149,7 @@ class _Training:
 
     def __init__(self, student: PreTrainedModel, loss: DistillationLoss, importance: Scorer, config: DistillConfig):
         self.student, self.loss, self.importance = student, loss, importance
+        self.masks = Masks(student, loss, config.scope, config.recover) if config.under_masks else None
         self.optimizer = _optimizer(student, loss, config)
         self.learning_rate = get_linear_schedule_with_warmup(
             self.optimizer, round(config.warmup * config.steps), config.steps
@@ -159,6 +182,8 @@ class _Training:
         training = cls(student.requires_grad_(True).eval(), loss, importance, config)
         training.optimizer.load_state_dict(state["optimizer"])
         training.learning_rate.load_state_dict(state["learning_rate"])
+        if training.masks is not None:
+            training.masks.load_state_dict(state["masks"])
         training.step, training.seconds = state["step"], state["seconds"]
         run.rewind(training.step)
         return training
@@ -166,8 +191,18 @@ class _Training:
     def done(self, step: int, seconds: float) -> None:
         self.step, self.last_seconds, self.seconds = step, seconds, self.seconds + seconds
 
+    @property
+    def widths(self) -> Widths:
+        return Widths.of(self.student) if self.masks is None else self.masks.widths
+
+    def discrepancy(self, teacher: PreTrainedModel, held_out) -> dict[str, float]:
+        neurons = None if self.masks is None else self.masks.kept.get(HIDDEN)
+        with applied(self.masks):
+            return discrepancy(self.student, teacher, held_out, neurons=neurons)
+
     def state(self) -> dict:
-        return {
+        masks = {} if self.masks is None else {"masks": self.masks.state_dict()}
+        return masks | {
             "step": self.step,
             "seconds": self.seconds,
             "loss": self.loss.state_dict(),

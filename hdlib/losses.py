@@ -30,10 +30,40 @@ class QueryKey(NamedTuple):
 
     query: Tensor
     key: Tensor
+    attended: Tensor | None = None  # (1 or B, 1, S, S) of bool: which keys a query meets; None: all of them
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
 
     def scores(self) -> Tensor:
         """Attention scores before the softmax and without mask, (B, H, S, S)."""
         return self.query @ self.key.transpose(-1, -2)
+
+    def of_heads(self, heads: Tensor) -> QueryKey:
+        return self._replace(query=self.query[:, heads], key=self.key[:, heads])
+
+
+class Scores(NamedTuple):
+    """A layer's attention scores themselves, (B, H, S, S), where they are more than a product of two."""
+
+    before_softmax: Tensor
+    attended: Tensor | None = None  # as in QueryKey
+
+    @classmethod
+    def of(cls, masked: Tensor) -> Scores:
+        """From what goes into the softmax, where pairs that do not meet have about the lowest number there is."""
+        return cls(masked, (masked > torch.finfo(masked.dtype).min / 2)[:, :1])
+
+    @property
+    def num_heads(self) -> int:
+        return self.before_softmax.shape[1]
+
+    def scores(self) -> Tensor:
+        return self.before_softmax
+
+    def of_heads(self, heads: Tensor) -> Scores:
+        return self._replace(before_softmax=self.before_softmax[:, heads])
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,16 +91,30 @@ def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None =
     return F.mse_loss(_precise(student[real]), _precise(teacher[real]))
 
 
-def attention_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None) -> Tensor:
     """Mean squared error of (B, H, S, S) scores or probabilities; 0.0 if identical.
 
-    The mean runs over all heads and all pairs of real tokens: a pair with padding in it does not count.
+    Args:
+        pairs: which pairs of tokens count, (1 or B, 1, S, S) of bool; None for all. The mean runs over them
+            and over all heads.
+    """
+    if pairs is None:
+        return F.mse_loss(_precise(student), _precise(teacher))
+    difference = (_precise(student) - _precise(teacher)).masked_fill(~pairs, 0.0)  # (B, H, S, S)
+    return difference.square().sum() / pairs.expand_as(student).sum()
+
+
+def pairs_that_count(attended: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Pairs of tokens that are real and meet in this layer, (1 or B, 1, S, S) of bool; None for all.
+
+    A causal model leaves out the future, local attention what lies outside its window: what it would
+    score there has no effect, so it is nothing to imitate.
     """
     if attention_mask is None:
-        return F.mse_loss(_precise(student), _precise(teacher))
+        return attended
     real = attention_mask.bool()
-    pairs = (real[:, None, :, None] & real[:, None, None, :]).expand_as(student)  # (B, H, S, S)
-    return F.mse_loss(_precise(student[pairs]), _precise(teacher[pairs]))
+    real = real[:, None, :, None] & real[:, None, None, :]
+    return real if attended is None else real & attended
 
 
 @dataclass(frozen=True)
@@ -173,6 +217,7 @@ class DistillationLoss(nn.Module):
                 terms["prediction"] = prediction_loss(student_logits, teacher_logits, self.temperature)
         if weights["hidden"] or weights["embedding"]:
             _same_layers("hidden states", student.hidden_states, teacher.hidden_states, len(self.heads) + 1)
+            _check_last_state(student.hidden_states)
         if weights["hidden"]:
             terms["hidden"] = sum(
                 state_loss(states @ projection, target, attention_mask)  # (B, S, Ds) @ (Ds, Dt)
@@ -183,11 +228,7 @@ class DistillationLoss(nn.Module):
         if weights["attention"]:
             _same_layers("attentions", student.attentions, teacher.attentions, len(self.heads))
             terms["attention"] = sum(
-                attention_loss(
-                    self._attention(ours, attention_mask),
-                    self._attention(_select_heads(theirs, heads), attention_mask),
-                    attention_mask,
-                )
+                self._attention(ours, theirs, heads, attention_mask)
                 for heads, ours, theirs in zip(self.heads, student.attentions, teacher.attentions, strict=True)
             )
         if weights["embedding"]:
@@ -208,28 +249,48 @@ class DistillationLoss(nn.Module):
         def rows(tensor):
             return tensor.index_select(0, kept["hidden"].to(tensor.device))
 
+        layers = [kept[f"layer.{layer}.heads"].to(self.heads.device) for layer in range(len(self.heads))]
+        self.heads = torch.stack([heads[keep] for heads, keep in zip(self.heads, layers, strict=True)])
+        if "hidden" not in kept:  # a family whose hidden width cannot change
+            return
         sites = [(self, "embedding_projection")] + [(self.hidden_projections, str(i)) for i in range(len(self.heads))]
         for module, name in sites:
             old = module._parameters[name]
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
-        layers = [kept[f"layer.{layer}.heads"].to(self.heads.device) for layer in range(len(self.heads))]
-        self.heads = torch.stack([heads[keep] for heads, keep in zip(self.heads, layers, strict=True)])
 
-    def _attention(self, recorded, attention_mask: Tensor | None) -> Tensor:
-        """Scores or probabilities (B, H, S, S) of one layer, from what the model recorded."""
-        if not isinstance(recorded, QueryKey):
+    def _attention(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The attention term of one layer, from what the two models recorded."""
+        compared = [_select_heads(recorded, heads) for recorded in (student, teacher)]
+        if all(isinstance(recorded, Tensor) for recorded in compared):
             if self.attention_target == "scores":
                 raise ValueError(
                     "the attention term needs scores before the softmax, but these outputs hold probabilities: "
                     'use hdlib.forward, or attention_target="probs"'
                 )
-            return recorded
-        scores = recorded.scores()
-        if self.attention_target == "scores":
-            return scores
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask.bool()[:, None, None, :], float("-inf"))
-        return scores.softmax(-1)
+            return attention_loss(*compared, pairs_that_count(None, attention_mask))
+        pairs = pairs_that_count(student.attended, attention_mask)
+        scores = [recorded.scores() for recorded in compared]
+        if self.attention_target == "probs":
+            scores = [_softmax(each, student.attended, attention_mask) for each in scores]
+        return attention_loss(*scores, pairs)
+
+
+def _softmax(scores: Tensor, attended: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Attention probabilities (B, H, S, S); the lowest finite number, since a row may have nothing to attend to."""
+    lowest = torch.finfo(scores.dtype).min
+    if attended is not None:
+        scores = scores.masked_fill(~attended, lowest)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask.bool()[:, None, None, :], lowest)
+    return scores.softmax(-1)
+
+
+def _check_last_state(states) -> None:
+    if states[-1].shape[-1] != states[0].shape[-1]:
+        raise ValueError(
+            f"the last hidden state has {states[-1].shape[-1]} numbers, the others {states[0].shape[-1]}: this model "
+            "projects it (as OPT-350m does), and the hidden term cannot compare it. hidden=0, embedding=0 leave it out"
+        )
 
 
 def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
@@ -242,16 +303,10 @@ def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
 
 
 def _select_heads(recorded, heads: Tensor):
-    """The teacher's heads that the student still has, in its order."""
-    if len(heads) == _num_heads(recorded):
-        return recorded
-    if isinstance(recorded, QueryKey):
-        return QueryKey(recorded.query[:, heads], recorded.key[:, heads])
-    return recorded[:, heads]
-
-
-def _num_heads(recorded) -> int:
-    return (recorded.query if isinstance(recorded, QueryKey) else recorded).shape[1]
+    """The teacher's heads that the student still has, in its order; nothing to select where no others are left."""
+    if isinstance(recorded, Tensor):  # probabilities (B, H, S, S)
+        return recorded if recorded.shape[1] == len(heads) else recorded[:, heads]
+    return recorded if recorded.num_heads == len(heads) else recorded.of_heads(heads)
 
 
 def _same_layers(what: str, student, teacher, expected: int) -> None:

@@ -9,19 +9,25 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import Tensor
+from torch.nn.functional import softmax
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .losses import QueryKey
-from .widths import family
+from .families import FAMILIES
+from .losses import QueryKey, Scores
+from .widths import UnsupportedArchitecture, family, unsupported
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # the name our attention function is registered under
@@ -30,7 +36,7 @@ UNUSED_ROWS = 1024
 
 
 def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pre-trained masked language model and its tokenizer.
+    """A pre-trained language model, masked or causal, and its tokenizer.
 
     Args:
         name_or_path: "embedded" for the small teacher that comes with the library, a local folder, or a
@@ -41,29 +47,37 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
 
     Raises:
         FileNotFoundError: a path that is not there, or a hub name that cannot be reached.
-        ValueError: no masked-language-model head in the checkpoint (names the missing weights), or a
+        ValueError: no language-model head in the checkpoint (names the missing weights), or a
             tokenizer of another vocabulary.
         UnsupportedArchitecture: a family without a table of width groups.
     """
     source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
     _check_reachable(source)
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        auto_class = language_model_class(AutoConfig.from_pretrained(source))
+        model, report = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except UnsupportedArchitecture:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"no masked language model with its tokenizer could be loaded from {source}: {error}"
-        ) from error
+        raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {error}") from error
     family(model)
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"the checkpoint {source} lacks weights that a masked language model needs: {', '.join(missing)}. "
+            f"the checkpoint {source} lacks weights that a language model needs: {', '.join(missing)}. "
             "They would be random, and a teacher that guesses teaches nothing: "
-            "take a checkpoint that was saved with its MLM head."
+            "take a checkpoint that was saved with its language-model head."
         )
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def language_model_class(config: PreTrainedConfig) -> type:
+    """The auto class that opens a model of this family with its language-model head."""
+    if config.model_type not in FAMILIES:
+        raise unsupported(config.model_type)
+    return AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModelForMaskedLM
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -74,7 +88,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
             f"tokenizer and teacher do not belong together: the tokenizer has {tokens} entries, the teacher's "
             f"embedding {rows} rows. Take the tokenizer that was saved with the teacher."
         )
-    if tokenizer.mask_token_id is None:
+    if tokenizer.mask_token_id is None and not family(model).causal:
         raise ValueError("the tokenizer has no mask token: masked language modelling needs one")
     pads = (tokenizer.pad_token_id, model.config.pad_token_id)
     if None not in pads and pads[0] != pads[1]:
@@ -82,6 +96,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
             f"tokenizer and teacher do not belong together: padding is token {pads[0]} for the tokenizer and "
             f"{pads[1]} for the teacher."
         )
+
+
+def num_positions(model: PreTrainedModel) -> int:
+    """The longest sequence that a model has positions for."""
+    positions = model.config.max_position_embeddings
+    return positions - model.config.pad_token_id - 1 if family(model).positions_after_padding else positions
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
@@ -95,14 +115,15 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def recording(*models: PreTrainedModel):
-    """Let models hand back queries and keys as `attentions`, then restore how they attended.
+    """Let models hand back what their attention scores are made of, then restore how they attended.
 
     Eager attention would hold (B, H, S, S) probabilities; SDPA hands back nothing. This runs SDPA and
-    returns what the scores before the softmax are made of. Outputs are those of SDPA.
+    returns queries and keys. Outputs are those of SDPA. The few families that have no SDPA (their scores
+    are more than a product of queries and keys) go on attending eagerly: `forward` takes the scores there.
     """
     before = [model.config._attn_implementation for model in models]
     for model in models:
-        model.set_attn_implementation(RECORDING)
+        model.set_attn_implementation(RECORDING if model._supports_sdpa else "eager")
     try:
         yield
     finally:
@@ -122,12 +143,16 @@ def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None 
 
     Returns:
         Hugging Face outputs with `logits`, `hidden_states` (L + 1 of (B, S, D)) and `attentions` (L
-        QueryKey pairs).
+        QueryKey pairs, or Scores where the family has no SDPA).
     """
-    with _recording_once(model), _head_at(model, positions):
-        return model(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, output_attentions=True
-        )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if family(model).causal:
+        inputs["use_cache"] = False
+    with _recording_once(model), _head_at(model, positions), _SoftmaxInputs(not model._supports_sdpa) as seen:
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    if seen.scores:
+        outputs.attentions = tuple(Scores.of(scores) for scores in seen.scores)
+    return outputs
 
 
 @contextmanager
@@ -150,7 +175,8 @@ def _head_at(model: PreTrainedModel, positions: Tensor | None):
     if positions is None:
         yield
         return
-    head = model.get_submodule(family(model).head)
+    modules = dict(model.named_children())
+    head = next(modules[name] for name in family(model).head if name in modules)
     hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
     try:
         yield
@@ -158,8 +184,21 @@ def _head_at(model: PreTrainedModel, positions: Tensor | None):
         hook.remove()
 
 
+class _SoftmaxInputs(TorchFunctionMode):
+    """What goes into the softmax over keys, layer by layer: the attention scores of an eager model."""
+
+    def __init__(self, watch: bool):
+        super().__init__()
+        self.watch, self.scores = watch, []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if self.watch and function is softmax and arguments[0].dim() == 4:
+            self.scores.append(arguments[0])  # (B, H, S, S)
+        return function(*arguments, **(options or {}))
+
+
 def _attend_and_record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA that also hands back the scaled query and the key.
+    """SDPA that also hands back the scaled query, the key, and which of them meet.
 
     On CPUs, SDPA's backward is several times slower in bfloat16 than in float32, so it runs in float32.
     """
@@ -171,7 +210,19 @@ def _attend_and_record(module, query, key, value, attention_mask, scaling=None, 
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return output, QueryKey(query * scaling, key)
+        if key.shape[1] != query.shape[1]:  # several query heads to a key head
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return output, QueryKey(query * scaling, key, _attended(module, query, attention_mask))
+
+
+def _attended(module, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Which keys each query meets, (1 or B, 1, S, S) of bool; None for all of them."""
+    if attention_mask is not None:
+        return attention_mask
+    if not module.is_causal:
+        return None
+    length = query.shape[2]
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 AttentionInterface.register(RECORDING, _attend_and_record)

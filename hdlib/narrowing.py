@@ -9,15 +9,24 @@ from the widths (feature counts, head sizes, the attention scale) is taken over 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
-from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .widths import FFN, HIDDEN, Widths, axes_of, family, set_widths, width_groups
+from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
+from .widths import (
+    QUERY_KEY,
+    Axis,
+    UnsupportedArchitecture,
+    Widths,
+    axes_of,
+    layer_of_parameters,
+    set_widths,
+    width_groups,
+)
 
 
 @torch.no_grad()
@@ -42,56 +51,109 @@ def narrow(
 
     Returns:
         What was kept: group name to sorted indices into the group as it was, and for each layer
-        "layer.l.heads" besides.
+        "layer.l.heads" besides, the query heads that stay.
 
     Raises:
-        ValueError: an impossible shape, or scores that are missing, of the wrong length or not finite.
-            Nothing has been touched then.
-        UnsupportedArchitecture: no table for this family.
+        ValueError: an impossible shape; scores that are missing, of the wrong length or not finite; weights
+            that cannot be sliced (quantised, sharded, on the meta device). Nothing has been touched then.
+        UnsupportedArchitecture: no table for this family, or a model that is not in its stock form.
     """
+    axes = axes_of(model)
+    _check_weights(model)
     old, new = Widths.of(model), widths.resolved(model)
     kept = choose(model, new, scores)
     stock = _empty_stock_model(model, new)
+    _check_shapes(model, stock, axes, kept)
     _check_optimizer(model, optimizer)
-    scale = math.sqrt(new.head_dim / old.head_dim)
-    folded = family(model).scaled
+    scale = _attention_scale(model, old, new)
     sites = _sites(model)
-    for name, axes in axes_of(model).items():
-        parameter = model.get_parameter(name)
-        factor = scale if any(fnmatchcase(name, pattern) for pattern in folded) else 1.0
-        smaller = _sliced_parameter(parameter, axes, kept, factor)
-        if smaller.shape != stock.get_parameter(name).shape:
-            raise RuntimeError(f"{name} became {tuple(smaller.shape)}, but a stock model has another shape there")
-        replace_parameter(parameter, smaller, sites[parameter], optimizer, partial(_take, axes=axes, kept=kept), factor)
-    set_widths(model.config, new)
+    for name, parameter in list(model.named_parameters()):
+        _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
+    set_widths(model, model.config, new)
     _take_over_derived_attributes(model, stock)
     return kept
 
 
 def choose(model: PreTrainedModel, widths: Widths, scores: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The neurons that stay: group name to sorted indices (see `narrow`). Changes nothing."""
-    groups, wide = width_groups(model), Widths.of(model)
+    groups = width_groups(model)
     if scores is None:
         scores = {name: torch.zeros(group.size) for name, group in groups.items()}
-    _check_scores(groups, scores)
+    check_scores(groups, scores)
+    return choose_among(scores, Widths.of(model), widths, layer_of_parameters(model))
+
+
+def choose_among(scores: dict[str, Tensor], wide: Widths, narrow: Widths, layers: list[int]) -> dict[str, Tensor]:
+    """`choose`, from the scores alone: those of a shape `wide`, of which `narrow` stays."""
+    counts = {HIDDEN: narrow.hidden, FFN: narrow.ffn}
+    shared = _scores_of_shared_heads(scores, wide)
     kept = {}
-    for name, group in groups.items():
-        if group.kind in (HIDDEN, FFN):
-            kept[name] = _highest(scores[name], widths.hidden if group.kind == HIDDEN else widths.ffn)
-    for layer in sorted({name.rpartition(".")[0] for name, group in groups.items() if group.kind != HIDDEN}):
-        # (H, head_dim): the query/key and the value/output dimensions of a head go or stay with the head,
-        # but inside it each pair has a ranking of its own.
-        pairs = {f"{layer}.{pair}": None for pair in ("query_key", "value_output")}
-        pairs = {name: scores[name].reshape(wide.heads, wide.head_dim) for name in pairs}
-        heads = _highest(sum(score.sum(1) for score in pairs.values()), widths.heads)
-        kept[f"{layer}.heads"] = heads
-        for name, score in pairs.items():
-            inside = [head * wide.head_dim + _highest(score[head], widths.head_dim) for head in heads.tolist()]
-            kept[name] = torch.cat(inside)
+    for name, score in scores.items():
+        kind = name.rpartition(".")[2]
+        if kind in counts:
+            kept[name] = _highest(score, counts[kind])
+        elif kind == HEADS:
+            shared_by = wide.heads // len(score)  # query heads to a key/value head
+            kept[name] = _highest(score, narrow.heads // shared_by)
+            kept[_beside(name, SHARED_HEADS)] = _spread(kept[name], shared_by)
+        elif kind == QUERY_KEY:
+            kept |= _choose_inside_heads(name, scores, wide, narrow, shared)
+    if SHARED_HEADS in scores:
+        kept[SHARED_HEADS] = kept["layer.0.heads"]
+    heads = [kept[f"layer.{layer}.heads"] for layer in layers]
+    return kept | {f"layer.{layer}.heads": each for layer, each in enumerate(heads)}
+
+
+def _choose_inside_heads(query_key: str, scores, wide: Widths, narrow: Widths, shared: Tensor | None):
+    """Heads of one layer, and dimensions inside each of them.
+
+    The query/key and the value/output dimensions of a head go or stay with the head, but inside it
+    each of the two has a ranking of its own.
+    """
+    pairs = {name: scores[name].reshape(wide.heads, wide.head_dim) for name in (query_key, _beside(query_key, VALUE))}
+    by_head = sum(score.sum(1) for score in pairs.values()) if shared is None else shared  # (H,)
+    heads = _highest(by_head, narrow.heads)
+    kept = {_beside(query_key, SHARED_HEADS): heads}
+    for name, score in pairs.items():
+        inside = score[heads].sort(dim=1, descending=True, stable=True).indices  # (heads, head_dim)
+        inside = inside[:, : narrow.head_dim].sort(dim=1).values
+        kept[name] = (heads[:, None] * wide.head_dim + inside).flatten()
     return kept
 
 
-def replace_parameter(old, new, sites, optimizer=None, take=lambda tensor: tensor, factor: float = 1.0) -> None:
+def _scores_of_shared_heads(scores: dict[str, Tensor], wide: Widths) -> Tensor | None:
+    """Where all layers must keep the same heads: what each head is worth in all of them together, (H,)."""
+    if SHARED_HEADS not in scores:
+        return None
+    inside = [score for name, score in scores.items() if name.endswith((QUERY_KEY, VALUE))]
+    return scores[SHARED_HEADS] + sum(score.reshape(wide.heads, wide.head_dim).sum(1) for score in inside)
+
+
+def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
+    """The kept slices of a tensor along each of its axes, as a new contiguous tensor."""
+    for axis, blocks in enumerate(axes):
+        if blocks is not None:
+            tensor = tensor.index_select(axis, places(blocks, kept).to(tensor.device))
+    return tensor.contiguous()
+
+
+def places(blocks: Axis, kept: dict[str, Tensor]) -> Tensor:
+    """Where on an axis the kept neurons lie."""
+    if len(blocks) == 1:
+        return blocks[0].places(kept[blocks[0].group])
+    ends = torch.tensor([block.size * block.unit for block in blocks]).cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([start + block.places(kept[block.group]) for start, block in zip(starts, blocks, strict=True)])
+
+
+def replace_parameter(
+    old: nn.Parameter,
+    new: nn.Parameter,
+    sites: list[tuple[nn.Module, str]],
+    optimizer: torch.optim.Optimizer | None,
+    take: Callable[[Tensor], Tensor],
+    factor: Tensor | float = 1.0,
+) -> None:
     """Put a smaller parameter where an old one was: in every module that holds it, and in the optimiser.
 
     A new nn.Parameter is needed: autograd keeps the old shape of a tensor whose data is exchanged in
@@ -101,7 +163,7 @@ def replace_parameter(old, new, sites, optimizer=None, take=lambda tensor: tenso
     for module, name in sites:
         module._parameters[name] = new
     if old.grad is not None:
-        new.grad = take(old.grad) / factor
+        new.grad = _divided(take(old.grad), factor)
     if optimizer is None:
         return
     for group in optimizer.param_groups:
@@ -110,24 +172,52 @@ def replace_parameter(old, new, sites, optimizer=None, take=lambda tensor: tenso
     if state is not None:
         powers = dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2)
         optimizer.state[new] = {
-            key: take(value) / factor ** powers.get(key, 1)
+            key: _divided(take(value), factor ** powers.get(key, 1))
             if torch.is_tensor(value) and value.shape == old.shape
             else value
             for key, value in state.items()
         }
 
 
-def _sliced_parameter(parameter: nn.Parameter, axes, kept, factor: float) -> nn.Parameter:
-    data = _take(parameter.data, axes, kept)
-    return nn.Parameter(data * factor if factor != 1.0 else data, requires_grad=parameter.requires_grad)
+def _narrow_parameter(parameter: nn.Parameter, sites, axes, kept, scale: float, optimizer) -> None:
+    def kept_slices(tensor: Tensor) -> Tensor:
+        return take(tensor, axes, kept)
+
+    factor = _folded_scale(axes, kept, scale)
+    data = kept_slices(parameter.data)
+    if factor is not None:
+        data.mul_(factor.to(data))
+    smaller = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    replace_parameter(parameter, smaller, sites, optimizer, kept_slices, 1.0 if factor is None else factor.to(data))
 
 
-def _take(tensor: Tensor, axes, kept: dict[str, Tensor]) -> Tensor:
-    """The kept slices of a tensor along each of its axes, as a new contiguous tensor."""
-    for axis, group in enumerate(axes):
-        if group is not None:
-            tensor = tensor.index_select(axis, kept[group].to(tensor.device))
-    return tensor.contiguous()
+def _folded_scale(axes: tuple[Axis, ...], kept, scale: float) -> Tensor | None:
+    """What a narrowed parameter is multiplied by, so that it fits in shape: `scale` where queries are, else 1."""
+    for axis, blocks in enumerate(axes):
+        if scale != 1.0 and any(block.scaled for block in blocks or ()):
+            factors = [scale if block.scaled else 1.0 for block in blocks]
+            lengths = [len(kept[block.group]) * block.unit for block in blocks]
+            along = torch.cat([torch.full((n,), c, dtype=torch.float64) for n, c in zip(lengths, factors, strict=True)])
+            return along.reshape([-1 if other == axis else 1 for other in range(len(axes))])
+    return None
+
+
+def _attention_scale(model: PreTrainedModel, old: Widths, new: Widths) -> float:
+    """What queries must be multiplied by: 1 where the stock class does not scale by 1/sqrt(head_dim) (a GPT-2 can)."""
+    return math.sqrt(new.head_dim / old.head_dim) if getattr(model.config, "scale_attn_weights", True) else 1.0
+
+
+def _divided(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    return tensor if isinstance(factor, float) and factor == 1.0 else tensor / factor
+
+
+def _beside(name: str, kind: str) -> str:
+    """The group of another kind in the same layer."""
+    return f"{name.rpartition('.')[0]}.{kind}"
+
+
+def _spread(neurons: Tensor, unit: int) -> Tensor:
+    return (neurons[:, None] * unit + torch.arange(unit, device=neurons.device)).flatten()
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
@@ -148,7 +238,7 @@ def _sites(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
 def _empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     """A model of the new shape as the stock constructor builds it, without memory for its weights."""
     config = deepcopy(model.config)
-    set_widths(config, widths)
+    set_widths(model, config, widths)
     with torch.device("meta"):
         return type(model)(config)
 
@@ -161,7 +251,38 @@ def _take_over_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
                 setattr(module, name, value)
 
 
-def _check_scores(groups, scores: dict[str, Tensor]) -> None:
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that a slice would not really be taken of."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError("the model is quantised, and its weights cannot be sliced: load it in float32 or bfloat16")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device: its weights are offloaded or not loaded yet. Load the model into memory"
+            )
+        if type(parameter.data) is not Tensor or not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is a {type(parameter.data).__name__} of {parameter.dtype}, quantised or sharded, and cannot "
+                "be sliced: load the model whole and in float32 or bfloat16"
+            )
+
+
+def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: dict[str, Tensor]) -> None:
+    """The stock constructor's word on what must come out: the same parameters, in the shapes obtained."""
+    expected = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
+    for name, parameter in model.named_parameters():
+        blocks = zip(axes[name], parameter.shape, strict=True)
+        shape = tuple(size if axis is None else len(places(axis, kept)) for axis, size in blocks)
+        if shape != expected.pop(name, None):
+            raise UnsupportedArchitecture(f"{name} would become {shape}, which a stock {type(model).__name__} has not")
+    if expected:
+        raise UnsupportedArchitecture(
+            f"a stock {type(model).__name__} has parameters that this model lacks: {', '.join(sorted(expected))}. "
+            "Ties that were cut or made, or layers that were exchanged (as quantisation does), must be undone first"
+        )
+
+
+def check_scores(groups, scores: dict[str, Tensor]) -> None:
     for name, group in groups.items():
         if name not in scores:
             raise ValueError(f"no scores for the width group {name!r}; every group needs them: {sorted(groups)}")

@@ -3,7 +3,7 @@
     run.json                    arguments, versions, teacher, data; written before the first step
     metrics.jsonl               one line of JSON for each logged step
     checkpoints/step_00000400/  a stock model folder, the tokenizer, and training_state.pt beside them
-    student/                    the result, a stock model folder
+    student/                    the result, a stock model folder; missing where neurons were ranked over all layers
 
 Folders are written under a temporary name and renamed, so that what has its name is whole.
 """
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .models import language_model_class
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -80,23 +82,33 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self._file("student").is_dir()
+        return self._file("student").is_dir() or self._last_step().is_dir()
 
     @property
     def student_folder(self) -> Path:
-        """Where the result lies: a folder that AutoModelForMaskedLM.from_pretrained opens."""
+        """Where the result lies: a folder that plain AutoModelForMaskedLM (or ForCausalLM) opens."""
         if not self.finished:
             raise FileNotFoundError(f"{self.folder} holds no student yet: the run has not finished")
+        if not self._file("student").is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} has no student that could be saved: neurons were ranked over all layers "
+                f"(scope='global'), which no stock class can hold. Its wide model and masks are in {self._last_step()}"
+            )
         return self._file("student")
 
     def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The result and its tokenizer, through the stock classes."""
-        model = AutoModelForMaskedLM.from_pretrained(self.student_folder, dtype=torch.float32)
+        auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder))
+        model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(self.student_folder)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoint folders, oldest first."""
         return sorted(path for path in self._file("checkpoints").glob("step_*") if path.suffix != ".tmp")
+
+    def _last_step(self) -> Path:
+        """The checkpoint of the last step: only a run that must stay under its masks has one."""
+        return self._file("checkpoints") / f"step_{self.arguments['config']['steps']:08d}"
 
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl."""

@@ -11,35 +11,25 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from models import random_model
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import BertForMaskedLM, BertTokenizerFast
+from transformers.utils import logging
 
 import hdlib
 
-settings.register_profile(
-    "ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+logging.disable_progress_bar()
+
+_CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=200, derandomize=True, **_CALM)
+settings.register_profile("long", max_examples=10_000, **_CALM)
 settings.load_profile("ci")
 
 WORDS = ["a", "quick", "student", "teacher", "neuron", "layer", "width", "loss", "step", "keeps", "learns", "slow"]
 
 
-def random_bert(heads=4, head_dim=6, ffn=56, layers=2, vocabulary=60, positions=32, seed=0) -> BertForMaskedLM:
-    """A BERT with random weights, biases and norms included: nothing about it is symmetric or zero."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=heads * head_dim,
-        num_attention_heads=heads,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        max_position_embeddings=positions,
-    )
-    model = BertForMaskedLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+def random_bert(positions=32, **shape) -> BertForMaskedLM:
+    return random_model("bert", max_position_embeddings=positions, **shape)
 
 
 def random_batch(vocabulary=60, size=3, length=16, seed=1) -> tuple[torch.Tensor, torch.Tensor]:

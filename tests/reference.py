@@ -6,7 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers import BertForMaskedLM
+from torch.overrides import TorchFunctionMode
+from transformers import BertForMaskedLM, PreTrainedModel
+
+import hdlib
 
 
 @contextmanager
@@ -44,6 +47,61 @@ def _masked_norm(mask: torch.Tensor):
         states = inputs[0]
         mean = (states * mask).sum(-1, keepdim=True) / mask.sum()
         variance = ((states - mean).square() * mask).sum(-1, keepdim=True) / mask.sum()
-        return (norm.weight * (states - mean) / (variance + norm.eps).sqrt() + norm.bias) * mask
+        normed = norm.weight * (states - mean) / (variance + norm.eps).sqrt()
+        return (normed if norm.bias is None else normed + norm.bias) * mask
 
     return hook
+
+
+@contextmanager
+def zeroed(model: PreTrainedModel, kept: dict[str, torch.Tensor]):
+    """A model of any family in which everything that a removed neuron owns is zero; the weights are overwritten.
+
+    Norms over the residual stream take their statistics over the kept coordinates. Zeros in the wrong
+    place, a pair that was torn apart or a scale that was forgotten all show in the outputs.
+    """
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for group in hdlib.width_groups(model).values():
+            gone = sorted(set(range(group.size)) - set(kept[group.name].tolist()))
+            for name, axis, start, unit in group.members:
+                places = [start + neuron * unit + i for neuron in gone for i in range(unit)]
+                weights[name].index_fill_(axis, torch.tensor(places, dtype=torch.long), 0.0)
+    with ExitStack() as stack:
+        width = model.config.hidden_size
+        hidden = _indicator(kept["hidden"], width) if "hidden" in kept else None
+        for name, module in model.named_modules():
+            if hidden is None or "norm" not in type(module).__name__.lower():
+                continue
+            if module.weight.shape == (width,) and not _over_something_else(name, model):
+                hook = _masked_norm(hidden) if isinstance(module, nn.LayerNorm) else _masked_rms_norm(hidden)
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield model
+
+
+def _over_something_else(name: str, model: PreTrainedModel) -> bool:
+    """Norms of a width of their own, even if it happens to be the hidden one: ALBERT's embeddings, one head."""
+    in_embeddings = name in ("albert.embeddings.LayerNorm", "predictions.LayerNorm")
+    return in_embeddings if model.config.model_type == "albert" else name.endswith(("q_norm", "k_norm"))
+
+
+def _masked_rms_norm(mask: torch.Tensor):
+    def hook(norm: nn.Module, inputs, _output):
+        states = inputs[0] * mask
+        mean_square = states.square().sum(-1, keepdim=True) / mask.sum()
+        return states / (mean_square + norm.variance_epsilon).sqrt() * norm.weight
+
+    return hook
+
+
+class Doubles(TorchFunctionMode):
+    """While this is open, float64 stays float64: stock classes that norm or attend in float32 do not."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        double = bool(arguments) and torch.is_tensor(arguments[0]) and arguments[0].dtype == torch.float64
+        if double and (function is torch.Tensor.float or function is torch.Tensor.to and torch.float32 in arguments):
+            return arguments[0]
+        if options.get("dtype") is torch.float32 and (double or function is torch.tensor):
+            options["dtype"] = torch.float64
+        return function(*arguments, **options)

@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+import transformers
 from transformers import BertModel
 
 import hdlib
@@ -124,7 +125,7 @@ def test_a_teacher_that_is_not_there(tmp_path):
 
 
 def test_a_folder_that_holds_no_model(tmp_path):
-    with refused("no masked language model"):
+    with refused("no language model"):
         hdlib.load_teacher(tmp_path)
 
 
@@ -153,12 +154,40 @@ def test_half_precision_is_trained_in_float32(tmp_path, tokenizer):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_an_unsupported_family():
-    from transformers import T5Config, T5ForConditionalGeneration
+@pytest.mark.parametrize(
+    "model, config, tiny",
+    [
+        ("T5ForConditionalGeneration", "T5Config", {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}),
+        ("MambaForCausalLM", "MambaConfig", {"hidden_size": 8, "num_hidden_layers": 1}),
+        ("ViTModel", "ViTConfig", {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}),
+    ],
+)
+def test_an_unsupported_family(model, config, tiny, tmp_path, tokenizer):
+    config = getattr(transformers, config)(**tiny | ({} if "ViT" in config else {"vocab_size": 60}))
+    model = getattr(transformers, model)(config)
+    words = (
+        f"architecture '{config.model_type}'; supported: albert, bert, .*A new family is one table in hdlib/families"
+    )
+    with refused(words, hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(model)
+    with refused(words, hdlib.UnsupportedArchitecture):
+        hdlib.narrow(model, Widths(hidden=4))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with refused(words, hdlib.UnsupportedArchitecture):
+        hdlib.load_teacher(tmp_path)
 
-    tiny = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with refused("'t5'; supported: bert", hdlib.UnsupportedArchitecture):
-        hdlib.width_groups(T5ForConditionalGeneration(tiny))
+
+def test_something_that_is_no_model():
+    with refused("Linear is no Hugging Face model", hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(torch.nn.Linear(2, 2))
+
+
+def test_a_decoder_with_cross_attention():
+    config = random_bert().config
+    config.is_decoder = config.add_cross_attention = True
+    with refused("cross-attention", hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(transformers.BertLMHeadModel(config))
 
 
 def test_a_parameter_that_no_table_knows():

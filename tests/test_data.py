@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hdlib
-from hdlib.data import MaskedBatches, Masking
+from hdlib.data import Masking, TrainingBatches
 
 from conftest import sentences
 
@@ -91,21 +91,21 @@ def test_masking_hides_as_bert_does(tokenizer, blocks):
 
 def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
     train = blocks[0].take(25)
-    batches = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
-    again = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
+    batches = TrainingBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
+    again = TrainingBatches(train, Masking.of(tokenizer), batch_size=10, seed=4)
     steps = [batches[step] for step in range(6)]
     for step in (5, 0, 3):
         assert torch.equal(again[step]["input_ids"], steps[step]["input_ids"])
         assert torch.equal(again[step]["labels"], steps[step]["labels"])
     places = {tuple((step["labels"] != -100).flatten().tolist()) for step in steps}
     assert len(places) == 6, "every step masks other places"
-    other = MaskedBatches(train, Masking.of(tokenizer), batch_size=10, seed=5)
+    other = TrainingBatches(train, Masking.of(tokenizer), batch_size=10, seed=5)
     assert not torch.equal(other[0]["input_ids"], steps[0]["input_ids"])
 
 
 def test_every_block_once_in_each_pass(tokenizer, blocks):
     train = blocks[0].take(20)
-    batches = MaskedBatches(train, Masking.of(tokenizer), batch_size=5, seed=0)
+    batches = TrainingBatches(train, Masking.of(tokenizer), batch_size=5, seed=0)
     for epoch in range(2):
         seen = []
         for step in range(4 * epoch, 4 * epoch + 4):
@@ -116,8 +116,8 @@ def test_every_block_once_in_each_pass(tokenizer, blocks):
 
 def test_processes_share_out_the_same_batch(tokenizer, blocks):
     masking = Masking.of(tokenizer)
-    whole = MaskedBatches(blocks[0], masking, batch_size=8, seed=1)[3]
-    shares = [MaskedBatches(blocks[0], masking, 8, seed=1, share=(rank, 4))[3] for rank in range(4)]
+    whole = TrainingBatches(blocks[0], masking, batch_size=8, seed=1)[3]
+    shares = [TrainingBatches(blocks[0], masking, 8, seed=1, share=(rank, 4))[3] for rank in range(4)]
     for name in ("input_ids", "labels"):
         together = torch.stack([share[name] for share in shares], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[name])

@@ -55,7 +55,7 @@ def test_states_that_are_not_finite_show(teacher, blocks):
 
 def test_blocks_without_labels_are_refused(teacher, blocks):
     none = blocks[1].take(2).map(lambda row: {"labels": [-100] * len(row["labels"])})
-    with pytest.raises(ValueError, match="no masked position"):
+    with pytest.raises(ValueError, match="no labelled position"):
         hdlib.discrepancy(teacher, teacher, none)
 
 

@@ -1,73 +1,91 @@
-"""What must always hold, on random BERT shapes and on the embedded teacher."""
+"""What must always hold: every family, every kind of width, three ratios; random shapes; the embedded teacher.
+
+One case is one model and one shape, and all eight invariants on it. `pytest --hypothesis-profile long
+tests/test_invariants.py -k random_shapes` tries 10,000 random shapes instead of some hundred.
+"""
+
+import copy
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
+from models import KINDS, models_and_widths, narrower, random_model
 
 import hdlib
 from hdlib import Widths
+from hdlib.models import forward
 
 import invariants
 from conftest import random_batch, random_bert
+from reference import Doubles, masked
 
 RATIOS = (0.9, 0.5, 0.29)
+CASES = [
+    pytest.param(name, width, ratio, id=f"{name}-{width}-{ratio}")
+    for name in KINDS
+    for ratio in RATIOS
+    for width in narrower(name, random_model(name), ratio)
+]
 
 
-@st.composite
-def berts(draw):
-    """Heads 2 to 12, any head size, uneven feed-forward ratios."""
-    heads = draw(st.integers(2, 12))
-    return random_bert(
-        heads=heads,
-        head_dim=draw(st.integers(2, 7)),
-        ffn=draw(st.integers(5, 90)),
-        layers=draw(st.integers(1, 3)),
-        seed=draw(st.integers(0, 1000)),
-    )
+@pytest.mark.parametrize("name, width, ratio", CASES)
+def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
+    model = random_model(name)
+    shape = narrower(name, model, ratio)[width]
+    invariants.eight(model, shape, random_batch(size=4), tmp_path)
+    invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
 
 
-@st.composite
-def berts_and_widths(draw):
-    """A model and a shape it can become: any feed-forward width, fewer dimensions a head, fewer heads."""
-    model = draw(berts())
-    wide = Widths.of(model)
-    heads, head_dim = draw(st.integers(1, wide.heads)), draw(st.integers(1, wide.head_dim))
-    ffn = draw(st.integers(1, wide.ffn))
-    return model, Widths(hidden=heads * head_dim, ffn=ffn, head_dim=head_dim, heads=heads)
+@given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant: nothing before it can move
+def test_random_shapes(tmp_path_factory, drawn):
+    _, model, widths = drawn
+    invariants.eight(model, widths, random_batch(size=4), tmp_path_factory.mktemp("student"))
 
 
-@given(berts())
-def test_identity(model):
-    invariants.identity(model, random_batch())
+@given(drawn=models_and_widths())
+def test_mask_equals_narrow_down_to_one_neuron(drawn):
+    _, model, widths = drawn
+    with Doubles():
+        invariants.mask_equals_narrow(model.double(), widths, random_batch(), 1e-6)
+        invariants.asked_is_got(model.float(), widths, random_batch())
 
 
-@given(berts_and_widths())
-def test_mask_equals_narrow(drawn):
-    invariants.mask_equals_narrow(*drawn, random_batch())
+@pytest.mark.parametrize("name", KINDS)
+def test_twenty_prunes_with_training_between_them(name, tmp_path):
+    """Widths at each, every parameter in the optimiser once and moving, ties; every tenth model opens stock."""
+    model = random_model(name, heads=6, head_dim=8, ffn=90, hidden=66, groups=3)
+    least = Widths.at(model, 0.2)
+    shapes = [Widths.of(model).between(least, step / 20, model) for step in range(1, 21)]
+    assert len(set(shapes)) > 10 and shapes[-1] == least
+    prunes = []
+
+    def check(student):
+        prunes.append(Widths.of(student))
+        if len(prunes) % 10 == 0:
+            invariants.opens_stock(student, model, random_batch(), tmp_path / str(len(prunes)))
+
+    invariants.live_optimizer(model, shapes, random_batch(), check)
+    assert prunes == shapes
 
 
-@given(berts_and_widths())
-def test_stock(tmp_path_factory, drawn):
-    invariants.stock(*drawn, random_batch(), tmp_path_factory.mktemp("student"))
-
-
-@given(berts_and_widths())
-def test_asked_is_got(drawn):
-    invariants.asked_is_got(*drawn, random_batch())
-
-
-@given(berts_and_widths())
-def test_live_optimizer(drawn):
-    model, narrow = drawn
-    assume(narrow.hidden > 2)  # a norm over one or two coordinates is constant: nothing before it can move
-    wide = Widths.of(model)
-    invariants.live_optimizer(model, [wide.between(narrow, p) for p in (0.2, 0.6, 1.0)], random_batch())
-
-
-@given(berts())
-def test_taylor(model):
-    invariants.taylor(model, random_batch())
+@given(st.integers(0, 10**6))
+def test_a_masked_bert_computes_what_the_narrowed_one_does(seed):
+    """By masks at the activations of a full-width stock BERT, written without the width groups."""
+    model = random_bert(heads=5, head_dim=4, ffn=33, seed=seed % 1000)
+    scores = {
+        name: torch.rand(group.size, generator=torch.Generator().manual_seed(seed))
+        for name, group in hdlib.width_groups(model).items()
+    }
+    input_ids, _ = random_batch(seed=seed)
+    student = copy.deepcopy(model)
+    kept = hdlib.narrow(student, Widths(hidden=9, ffn=20, heads=3, head_dim=3), scores)
+    with torch.no_grad(), masked(model, kept):
+        expected = forward(model, input_ids)
+    got = forward(student, input_ids)
+    invariants.close(got.logits, expected.logits)
+    for layer, (ours, theirs) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
+        invariants.close(ours.scores(), theirs.scores()[:, kept[f"layer.{layer}.heads"]])
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,9 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
     assert all(metrics.loc[1, term] == 0.0 for term in TERMS[1:])
     assert all(metrics.loc[24, term] > 0.0 for term in TERMS)
     # Widths never rise, every one is what the schedule asks for, and the end is the target.
-    wide, target = Widths.of(teacher), Widths.at(teacher, 0.5)
+    target = Widths.at(teacher, 0.5)
     for step, row in metrics.iterrows():
-        asked = config.widths_at(step, wide, target)
+        asked = config.widths_at(step, teacher, target)
         assert (row["hidden_size"], row["intermediate_size"]) == (asked.hidden, asked.ffn)
     assert metrics["hidden_size"].is_monotonic_decreasing and metrics["hidden_size"].nunique() > 3
     assert metrics["hidden_size"].iloc[-1] == 12 and metrics["intermediate_size"].iloc[-1] == 28

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hdlib
-from hdlib.losses import QueryKey, attention_loss, mlm_loss, prediction_loss, state_loss
+from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
 
 from conftest import random_batch, random_bert
@@ -43,7 +43,7 @@ def test_padding_does_not_count():
     scores, targets = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
     errors = (scores - targets).numpy() ** 2
     real = np.concatenate([errors[0, :, :3, :3].ravel(), errors[1, :, :2, :2].ravel()])
-    assert attention_loss(scores, targets, mask).item() == pytest.approx(real.mean(), rel=1e-6)
+    assert attention_loss(scores, targets, pairs_that_count(None, mask)).item() == pytest.approx(real.mean(), rel=1e-6)
 
 
 def test_the_sum_of_the_terms_by_hand():

@@ -1,10 +1,15 @@
 """The invariants can fail: the library is broken on purpose, and each of them must see it."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from models import KINDS, narrower, random_model
 
 import hdlib
 from hdlib import Widths, narrowing
+from hdlib.families import FAMILIES, FIXED, HEADS, HIDDEN, KEY, QUERY, VALUE
 from hdlib.scorers import Sensitivity
 
 import invariants
@@ -34,14 +39,15 @@ def test_mask_equals_narrow_sees_a_stale_attention_scale(monkeypatch):
 
 
 def test_mask_equals_narrow_sees_unpaired_query_and_key(monkeypatch):
-    """Every axis takes the first neurons instead of the kept ones, in one matrix only."""
-    take = narrowing._take
+    """The queries of one layer are the first ones instead of those kept."""
+    take = narrowing.take
 
     def careless(tensor, axes, kept):
         first = {name: torch.arange(len(indices)) for name, indices in kept.items()}
-        return take(tensor, axes, first if axes == ("layer.1.query_key", "hidden") else kept)
+        queries = axes[0] and axes[0][0].group == "layer.1.query_key" and axes[0][0].scaled
+        return take(tensor, axes, first if queries else kept)
 
-    monkeypatch.setattr(narrowing, "_take", careless)
+    monkeypatch.setattr(narrowing, "take", careless)
     red(invariants.mask_equals_narrow, random_bert(), NARROW, random_batch())
 
 
@@ -60,7 +66,7 @@ def test_stock_sees_ties_that_were_cut(monkeypatch, tmp_path):
 
 def test_stock_sees_a_config_that_was_not_updated(monkeypatch, tmp_path):
     model, set_widths = random_bert(), narrowing.set_widths
-    monkeypatch.setattr(narrowing, "set_widths", lambda c, w: None if c is model.config else set_widths(c, w))
+    monkeypatch.setattr(narrowing, "set_widths", lambda m, c, w: None if c is model.config else set_widths(m, c, w))
     monkeypatch.setattr(invariants, "student_of", lambda _: model)
     red(invariants.stock, random_bert(), NARROW, random_batch(), tmp_path)
 
@@ -106,10 +112,65 @@ def test_taylor_sees_another_score(monkeypatch, element):
 
 
 def test_taylor_sees_an_element_counted_twice(monkeypatch):
-    sums = hdlib.scorers._neuron_sums
+    owned = hdlib.scorers._owned
 
     def twice(element, axes):
-        return list(sums(element, axes))[: len(axes)]
+        return list(owned(element, axes))[: len(axes)]  # without what is taken off where two axes cross
 
-    monkeypatch.setattr(hdlib.scorers, "_neuron_sums", twice)
+    monkeypatch.setattr(hdlib.scorers, "_owned", twice)
     red(invariants.taylor, random_bert(), random_batch())
+
+
+def test_resume_sees_a_moment_that_was_lost(monkeypatch, tmp_path):
+    save = torch.save
+
+    def forgetful(state, path):
+        state = copy.deepcopy(state)
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros_like(state["optimizer"]["state"][0]["exp_avg"])
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", forgetful)
+    red(invariants.resume, random_bert(), NARROW, random_batch(), tmp_path)
+
+
+def test_processes_see_a_gradient_that_was_not_shared(monkeypatch):
+    once = invariants.backward
+
+    def half(model, teacher, batch, loss=None):
+        return once(model, teacher, [part[:2] for part in batch], loss)  # every process its first rows only
+
+    monkeypatch.setattr(invariants, "backward", half)
+    red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
+
+
+# Every mark in the tables matters: a family with a wrong one fails its invariants.
+@pytest.mark.parametrize(
+    "name, width, pattern, row",
+    [
+        (
+            "gpt2",
+            "head_dim",
+            "*.attn.c_attn.weight",
+            (HIDDEN, (KEY, KEY, VALUE)),
+        ),  # nothing takes up the attention scale
+        ("gpt2", "head_dim", "*.attn.c_attn.weight", (HIDDEN, (QUERY, VALUE, KEY))),
+        ("bert", "head_dim", "*.self.query.weight", (VALUE, HIDDEN)),
+        ("bert", "head_dim", "*.self.query.bias", (KEY,)),
+        ("bert", "head_dim", "*.self.key.bias", (QUERY,)),
+        ("bert", "head_dim", "*.attention.output.dense.weight", (HIDDEN, KEY)),
+        ("deberta-v2", "head_dim", "*.self.pos_query_proj.weight", (KEY, HIDDEN)),
+        ("modernbert", "heads", "*.attn.Wqkv.weight", (HEADS, HIDDEN)),
+        ("gpt_neox", "heads", "*.attention.query_key_value.weight", ((HEADS, HEADS, HEADS), HIDDEN)),
+        ("modernbert", "ffn", "*.mlp.Wi.weight", (FIXED, HIDDEN)),
+        ("mpnet", "heads", "*relative_attention_bias.weight", (FIXED, FIXED)),
+    ],
+)
+def test_mask_equals_narrow_sees_a_wrong_row(monkeypatch, name, width, pattern, row):
+    declared = FAMILIES[KINDS[name].config.model_type]
+    assert pattern in declared.axes
+    broken = replace(declared, axes=declared.axes | {pattern: row})
+    model = random_model(name)
+    widths = narrower(name, model, 0.5)[width]
+    invariants.mask_equals_narrow(model, widths, random_batch())
+    monkeypatch.setitem(FAMILIES, KINDS[name].config.model_type, broken)
+    red(invariants.mask_equals_narrow, model, widths, random_batch())

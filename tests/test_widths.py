@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import KINDS, random_model
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -60,13 +61,30 @@ def test_what_is_left_out_follows(given, full):
 
 
 def test_the_way_between_two_shapes():
+    with torch.device("meta"):
+        base = BertModel(BertConfig())
     wide, narrow = Widths(768, 3072, 64, 12), Widths(228, 891, 19, 12)
-    assert wide.between(narrow, 0.0) == wide and wide.between(narrow, 1.0) == narrow
-    way = [wide.between(narrow, i / 100) for i in range(101)]
+    assert wide.between(narrow, 0.0, base) == wide and wide.between(narrow, 1.0, base) == narrow
+    way = [wide.between(narrow, i / 100, base) for i in range(101)]
     for name in ("hidden", "ffn", "head_dim"):
         widths = [getattr(shape, name) for shape in way]
         assert widths == sorted(widths, reverse=True)
     assert all(shape.hidden == shape.heads * shape.head_dim for shape in way)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("ratio", [0.71, 0.33])
+def test_the_way_of_every_family_is_made_of_possible_shapes(name, ratio):
+    model = random_model(name, heads=12, head_dim=8, ffn=90, hidden=12 * 9, groups=3)
+    wide, narrow = Widths.of(model), Widths.at(model, ratio)
+    way = [wide.between(narrow, i / 40, model) for i in range(41)]
+    assert way[0] == wide and way[-1] == narrow != wide
+    for shape in way:
+        assert shape.resolved(model) == shape and narrow.fits_in(shape) and shape.fits_in(wide)
+    taken = [wide]  # as the loop takes them: a shape that does not fit in the one before waits
+    for shape in way:
+        taken += [shape] if shape.fits_in(taken[-1]) and shape != taken[-1] else []
+    assert taken[-1] == narrow and len(taken) > 4
 
 
 @pytest.mark.parametrize("tied", [True, False])
