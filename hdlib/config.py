@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .losses import TERMS, DistillationLoss
 from .masking import SCOPES
 from .models import check_vocabulary, num_positions
+from .narrowing import check_narrowable
 from .schedules import SCHEDULES
 from .scorers import SCORERS
 from .widths import Widths, family, width_groups
@@ -98,6 +99,7 @@ class DistillConfig:
         width_groups(teacher)
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
         target = target.resolved(teacher)
+        check_narrowable(teacher, target)
         check_vocabulary(tokenizer, teacher)
         broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
         _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}")

@@ -58,11 +58,9 @@ def narrow(
             that cannot be sliced (quantised, sharded, on the meta device). Nothing has been touched then.
         UnsupportedArchitecture: no table for this family, or a model that is not in its stock form.
     """
-    axes = axes_of(model)
-    _check_weights(model)
-    old, new = Widths.of(model), widths.resolved(model)
+    axes, old, new = axes_of(model), Widths.of(model), widths.resolved(model)
+    stock = check_narrowable(model, new)
     kept = choose(model, new, scores)
-    stock = _empty_stock_model(model, new)
     _check_shapes(model, stock, axes, kept)
     _check_optimizer(model, optimizer)
     scale = _attention_scale(model, old, new)
@@ -251,8 +249,13 @@ def _take_over_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
                 setattr(module, name, value)
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse weights that a slice would not really be taken of."""
+def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+    """Refuse a model of which slices could not really be taken; returns an empty stock model of the new shape.
+
+    Raises:
+        ValueError: weights that are quantised, sharded or on the meta device.
+        UnsupportedArchitecture: other parameters than the stock class has.
+    """
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised, and its weights cannot be sliced: load it in float32 or bfloat16")
     for name, parameter in model.named_parameters():
@@ -265,21 +268,26 @@ def _check_weights(model: PreTrainedModel) -> None:
                 f"{name} is a {type(parameter.data).__name__} of {parameter.dtype}, quantised or sharded, and cannot "
                 "be sliced: load the model whole and in float32 or bfloat16"
             )
+    stock = _empty_stock_model(model, widths)
+    differ = dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys()
+    if differ:
+        raise UnsupportedArchitecture(
+            f"this model and a stock {type(model).__name__} do not have the same parameters: {', '.join(sorted(differ))}. "
+            "Ties that were cut or made, or layers that were exchanged (as quantisation does), must be undone first"
+        )
+    return stock
 
 
 def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: dict[str, Tensor]) -> None:
-    """The stock constructor's word on what must come out: the same parameters, in the shapes obtained."""
-    expected = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
+    """The stock constructor's word on what must come out."""
     for name, parameter in model.named_parameters():
         blocks = zip(axes[name], parameter.shape, strict=True)
         shape = tuple(size if axis is None else len(places(axis, kept)) for axis, size in blocks)
-        if shape != expected.pop(name, None):
-            raise UnsupportedArchitecture(f"{name} would become {shape}, which a stock {type(model).__name__} has not")
-    if expected:
-        raise UnsupportedArchitecture(
-            f"a stock {type(model).__name__} has parameters that this model lacks: {', '.join(sorted(expected))}. "
-            "Ties that were cut or made, or layers that were exchanged (as quantisation does), must be undone first"
-        )
+        if shape != stock.get_parameter(name).shape:
+            raise UnsupportedArchitecture(
+                f"{name} would become {shape}, but is {tuple(stock.get_parameter(name).shape)} in a stock "
+                f"{type(model).__name__} of these widths"
+            )
 
 
 def check_scores(groups, scores: dict[str, Tensor]) -> None:

@@ -109,7 +109,8 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
             raise UnsupportedArchitecture(
                 f"parameter {name} of shape {tuple(parameter.shape)} has no row in the table of "
                 f"{model.config.model_type!r}: an adapter must be merged, a quantised, sharded or altered model "
-                "brought back to its stock form; for a part of the architecture, add what its axes count to hdlib/families.py"
+                "brought back to its stock form; for a part of the architecture, say what its axes count in "
+                "hdlib/families.py"
             )
         named[name] = tuple(
             _axis(model, declared, name, kind, width) for kind, width in zip(row, parameter.shape, strict=True)
@@ -391,7 +392,7 @@ def _check_possible(shape: Widths, wide: Widths, model: PreTrainedModel, declare
     if declared.divisible and shape.hidden % shape.heads:
         raise ValueError(
             f"hidden={shape.hidden}, heads={shape.heads}: the stock config of {kind!r} wants hidden to be a multiple "
-            f"of heads. With {shape.heads} heads take hidden={shape.hidden // shape.heads * shape.heads}, or other heads."
+            f"of heads. With {shape.heads} heads take hidden={shape.hidden // shape.heads * shape.heads}."
         )
     if shape.hidden == _avoided(model, declared):
         raise ValueError(

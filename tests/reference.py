@@ -100,7 +100,7 @@ class Doubles(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
         double = bool(arguments) and torch.is_tensor(arguments[0]) and arguments[0].dtype == torch.float64
-        if double and (function is torch.Tensor.float or function is torch.Tensor.to and torch.float32 in arguments):
+        if double and (function is torch.Tensor.float or (function is torch.Tensor.to and torch.float32 in arguments)):
             return arguments[0]
         if options.get("dtype") is torch.float32 and (double or function is torch.tensor):
             options["dtype"] = torch.float64
