@@ -97,11 +97,11 @@ def distill(
                 # 3. Backward, and the importance of every neuron while weights and gradients belong together.
                 accelerator.backward(terms.total)
             _average_gradients(accelerator, optimizer)
+            if masks is not None:
+                masks.mask_gradients()
             importance.update(student)
 
             # 4. The optimiser's step.
-            if masks is not None:
-                masks.mask_gradients()
             norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)
             _check_finite(step, {"gradient norm": norm}, run)
             optimizer.step()

@@ -181,15 +181,17 @@ class Masks:
         return _complement(torch.cat(starts), start)
 
     def _mask_norms(self, hidden: Tensor) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        width = self.model.config.hidden_size
-        mask = torch.zeros(width).index_fill(0, hidden.cpu(), 1.0).to(self.model.device)
+        """Norms over the residual stream take their statistics over the neurons that count."""
+        width, counts = self.model.config.hidden_size, hidden.to(self.model.device)
         of_stream = {name for name, axes in self._axes.items() if len(axes) == 1 and axes[0] and _is_hidden(axes[0])}
         for name, module in self.model.named_modules():
             plain = isinstance(module, nn.LayerNorm) and module.weight is None and module.normalized_shape == (width,)
             if plain or (isinstance(module, nn.LayerNorm) and f"{name}.weight" in of_stream):
-                yield module.register_forward_hook(_masked_layer_norm(mask))
+                yield module.register_forward_hook(_masked_layer_norm(counts))
             elif f"{name}.weight" in of_stream:  # a root mean square norm
-                yield from _masked_rms_norm(module, mask)
+                before, after = _masked_rms_norm(counts)
+                yield module.register_forward_pre_hook(before)
+                yield module.register_forward_hook(after)
 
 
 SCOPES = ("local", "global")
@@ -200,26 +202,35 @@ def applied(masks: Masks | None) -> AbstractContextManager:
     return masks.applied() if masks is not None else nullcontext()
 
 
-def _masked_layer_norm(mask: Tensor):
-    """Mean and variance over the neurons that count, zeros elsewhere: zeroed coordinates would shrink both."""
+def _masked_layer_norm(counts: Tensor):
+    """Mean and variance over the neurons that count: with zeroed coordinates among them both would shrink."""
 
     def hook(norm: nn.LayerNorm, inputs, _output):
-        states, count = inputs[0], mask.sum()
-        mean = (states * mask).sum(-1, keepdim=True) / count
-        centred = (states - mean) * mask
-        normed = centred / (centred.square().sum(-1, keepdim=True) / count + norm.eps).sqrt()
+        counted = inputs[0][..., counts]
+        mean = counted.mean(-1, keepdim=True)
+        variance = (counted - mean).square().mean(-1, keepdim=True)
+        normed = (inputs[0] - mean) / (variance + norm.eps).sqrt()
         if norm.weight is not None:
             normed = normed * norm.weight
-        return (normed if norm.bias is None else normed + norm.bias) * mask
+        return normed if norm.bias is None else normed + norm.bias
 
     return hook
 
 
-def _masked_rms_norm(module: nn.Module, mask: Tensor):
-    """The mean square over the K of D neurons that count: of inputs times sqrt(D / K) the module takes just that."""
-    scale = (len(mask) / mask.sum()).sqrt()
-    yield module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * (mask * scale), *inputs[1:]))
-    yield module.register_forward_hook(lambda _, inputs, output: output / scale)
+def _masked_rms_norm(counts: Tensor):
+    """The mean square over the neurons that count: inputs are scaled so that the module finds just that one.
+
+    Whatever else the module does is its own affair, and linear in the states that it is given.
+    """
+    ratios = []
+
+    def before(_norm, inputs):
+        states = inputs[0]
+        counted = states[..., counts].square().mean(-1, keepdim=True)
+        ratios.append((counted / states.square().mean(-1, keepdim=True)).sqrt())
+        return states * ratios[-1], *inputs[1:]
+
+    return before, lambda _norm, _inputs, output: output / ratios.pop()
 
 
 def _is_hidden(blocks) -> bool:

@@ -272,8 +272,9 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     differ = dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys()
     if differ:
         raise UnsupportedArchitecture(
-            f"this model and a stock {type(model).__name__} do not have the same parameters: {', '.join(sorted(differ))}. "
-            "Ties that were cut or made, or layers that were exchanged (as quantisation does), must be undone first"
+            f"this model and a stock {type(model).__name__} do not have the same parameters: "
+            f"{', '.join(sorted(differ))}. Ties that were cut or made, or layers that were exchanged (as quantisation "
+            "does), must be undone first"
         )
     return stock
 

@@ -11,12 +11,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from models import random_model
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertForMaskedLM, BertTokenizerFast
 from transformers.utils import logging
 
 import hdlib
+
+from models import random_model
 
 logging.disable_progress_bar()
 

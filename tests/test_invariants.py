@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import KINDS, models_and_widths, narrower, random_model
 
 import hdlib
 from hdlib import Widths
@@ -18,6 +17,7 @@ from hdlib.models import forward
 
 import invariants
 from conftest import random_batch, random_bert
+from models import KINDS, models_and_widths, narrower, random_model
 from reference import Doubles, masked
 
 RATIOS = (0.9, 0.5, 0.29)

@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from models import random_model
 
 import hdlib
 from hdlib import Widths
 
 from conftest import random_batch, random_bert
 from invariants import backward
+from models import random_model
 
 
 @pytest.fixture

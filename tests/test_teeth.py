@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import KINDS, narrower, random_model
 
 import hdlib
 from hdlib import Widths, narrowing
@@ -14,6 +13,7 @@ from hdlib.scorers import Sensitivity
 
 import invariants
 from conftest import random_batch, random_bert
+from models import KINDS, narrower, random_model
 
 NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4)
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import KINDS, random_model
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,6 +16,7 @@ import hdlib
 from hdlib import Widths
 
 from conftest import random_batch, random_bert
+from models import KINDS, random_model
 
 
 @pytest.mark.parametrize(
