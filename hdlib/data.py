@@ -258,11 +258,13 @@ def _pack(
     Causal models read the stream as it comes, with the end-of-text token between documents.
     """
     frame = ([], []) if causal else ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
-    between = tokenizer.eos_token_id if causal else tokenizer.sep_token_id
+    between = tokenizer.sep_token_id
+    if causal and tokenizer.eos_token_id is not None:
+        between = tokenizer.eos_token_id
     if between is None or None in frame[0]:
         raise ValueError(
             "the tokenizer has no token to put between documents: "
-            + ("causal text needs eos_token" if causal else "masked text needs cls_token and sep_token")
+            + ("causal text needs eos_token or sep_token" if causal else "masked text needs cls_token and sep_token")
         )
     room = length - len(frame[0]) - len(frame[1])
     identity = (
