@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import hdlib
-from hdlib.data import TrainingBatches, Masking, load_documents
+from hdlib.data import Masking, TrainingBatches, load_documents
 from hdlib.losses import mlm_loss
 from hdlib.models import forward
 

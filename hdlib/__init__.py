@@ -9,7 +9,7 @@ from .losses import DistillationLoss, LossTerms
 from .masking import Masks
 from .models import forward, load_teacher
 from .narrowing import narrow
-from .plots import plot_discrepancy, plot_losses
+from .plots import plot_coupling, plot_discrepancy, plot_losses
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
 from .scorers import scorer
@@ -37,6 +37,7 @@ __all__ = [
     "load_teacher",
     "narrow",
     "one_shot",
+    "plot_coupling",
     "plot_discrepancy",
     "plot_losses",
     "save_result",

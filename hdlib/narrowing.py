@@ -66,7 +66,8 @@ def narrow(
     scale = _attention_scale(model, old, new)
     sites = _sites(model)
     for name, parameter in list(model.named_parameters()):
-        _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
+        if parameter.shape != stock.get_parameter(name).shape:
+            _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
     set_widths(model, model.config, new)
     _take_over_derived_attributes(model, stock)
     return kept
@@ -131,7 +132,9 @@ def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Ten
     """The kept slices of a tensor along each of its axes, as a new contiguous tensor."""
     for axis, blocks in enumerate(axes):
         if blocks is not None:
-            tensor = tensor.index_select(axis, places(blocks, kept).to(tensor.device))
+            stay = places(blocks, kept)
+            if len(stay) < tensor.shape[axis]:
+                tensor = tensor.index_select(axis, stay.to(tensor.device))
     return tensor.contiguous()
 
 

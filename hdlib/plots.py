@@ -1,15 +1,22 @@
-"""Figures of recorded runs. Everything is drawn from run folders, never from live objects."""
+"""Figures: of recorded runs, drawn from run folders, never from live objects; and of how a model is coupled."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .losses import TERMS
 from .runs import Run
+from .widths import axes_of
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and here by line style in grey print too.
 COLOURS = {
@@ -22,7 +29,7 @@ COLOURS = {
 }
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 LABELS = {
-    "mlm": "masked words (MLM)",
+    "mlm": "words (language model)",
     "prediction": "prediction (KL)",
     "hidden": "hidden states",
     "attention": "attention scores",
@@ -51,7 +58,7 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
             measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, clip_on=False, label=name
         )
         lower.step(metrics.index, metrics["hidden_size"], where="post", color=colour, linestyle=style)
-    _finish(upper, "KL(teacher ‖ student)\nnats per masked word, held out")
+    _finish(upper, "KL(teacher ‖ student)\nnats per predicted word, held out")
     _finish(lower, "hidden width\nneurons")
     lower.set_xlabel("step")
     lower.set_xlim(0, max(run.arguments["config"]["steps"] for run in runs.values()))  # what is to come shows too
@@ -86,6 +93,71 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
     if axes.lines:
         axes.legend(frameon=False, ncols=2, fontsize="small")
     return axes.figure
+
+
+def plot_coupling(model: PreTrainedModel, kept: Mapping[str, Tensor], layer: int = 0) -> Figure:
+    """The matrices of one layer and of the embedding, with what goes when neurons go.
+
+    Args:
+        model: a small one, before it is narrowed: every element is drawn.
+        kept: as `hdlib.narrow` returns it, what stays of each group. The slices of the others are coloured
+            by their group, darker where two groups cross.
+        layer: which one.
+    """
+    axes_by_name = {
+        name: axes
+        for name, axes in axes_of(model).items()
+        if len(axes) == 2 and re.search(rf"[.]{layer}[.]|embed", name)
+    }
+    kinds = sorted(
+        {block.group.rpartition(".")[2] for axes in axes_by_name.values() for axis in axes for block in axis or ()}
+    )
+    tints = (0.25 + 0.75 * np.array(to_rgb(colour)) for colour in COLOURS.values())  # they multiply where groups cross
+    colours = dict(zip(kinds, tints, strict=False))
+    columns = 5
+    rows = -(-len(axes_by_name) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(9, 2.35 * rows), layout="constrained", squeeze=False)
+    for place in grid.flat:
+        place.axis("off")
+    for place, (name, axes) in zip(grid.flat, axes_by_name.items(), strict=False):
+        _draw_matrix(place, name, model.get_parameter(name).shape, axes, kept, colours)
+    legend = [Patch(color=colour, label=kind.replace("_", " / ")) for kind, colour in colours.items()]
+    figure.legend(
+        handles=legend,
+        loc="outside lower center",
+        ncols=len(legend),
+        frameon=False,
+        title="goes with a neuron of the group",
+    )
+    return figure
+
+
+def _draw_matrix(
+    place: Axes, name: str, shape, axes, kept: Mapping[str, Tensor], colours: dict[str, np.ndarray]
+) -> None:
+    """Rows downwards, columns to the right; white is what stays."""
+    image, labels = np.ones((*shape, 3)), []
+    for axis, blocks in enumerate(axes):
+        start = 0
+        for block in blocks or ():
+            gone = sorted(set(range(block.size)) - set(kept[block.group].tolist()))
+            for first in (start + neuron * block.unit for neuron in gone):
+                lines = [slice(None), slice(None)]
+                lines[axis] = slice(first, first + block.unit)
+                image[tuple(lines)] *= colours[block.group.rpartition(".")[2]]
+            start += block.size * block.unit
+        kinds = dict.fromkeys(block.group.rpartition(".")[2].replace("_", " / ") for block in blocks or ())
+        labels.append(", ".join(kinds) or "fixed")
+    place.axis("on")
+    place.imshow(image, aspect="equal")
+    place.set_xticks(np.arange(-0.5, shape[1]), [])
+    place.set_yticks(np.arange(-0.5, shape[0]), [])
+    place.grid(color="#BBBBBB", linewidth=0.6)
+    place.tick_params(length=0)
+    short = re.sub(r".*[.]\d+[.]|[.]weight$|^.*?embeddings[.]", "", name)
+    place.set_title(f"{short.replace('attention.self.', '')}\n{shape[0]} × {shape[1]}", fontsize="small")
+    place.set_ylabel(labels[0], fontsize="small")
+    place.set_xlabel(labels[1], fontsize="small")
 
 
 def _two_axes() -> tuple[Axes, Axes]:

@@ -154,7 +154,8 @@ class WidthGroups(dict):
         """One row for each kind of group; the layers that have a group each are counted."""
         rows: dict[tuple, dict] = {}
         for group in self.values():
-            members = sorted({re.sub(r"[.]\d+[.]", ".*.", member.parameter) for member in group.members})
+            names = (re.sub(r"[.](weight|bias)$", "", member.parameter) for member in group.members)
+            members = list(dict.fromkeys(re.sub(r"[.]\d+[.]", ".*.", name) for name in names))
             row = rows.setdefault((group.kind, group.size), {"sets": 0, "members": members})
             row["sets"] += 1
         return pd.DataFrame(
