@@ -129,7 +129,7 @@ def _scores_of_shared_heads(scores: dict[str, Tensor], wide: Widths) -> Tensor |
 
 
 def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
-    """The kept slices of a tensor along each of its axes, as a new contiguous tensor."""
+    """The kept slices of a tensor along each of its axes, contiguous; the tensor itself where all stay."""
     for axis, blocks in enumerate(axes):
         if blocks is not None:
             stay = places(blocks, kept)
