@@ -1,7 +1,7 @@
 """A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
 
-The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and
-`load_corpus` (`teacher`, `corpus`, `length`, `text_column`, `subset`) and the folder of the run, `run_dir`, which must
+The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and `load_corpus`
+(`teacher`, `corpus`, `length`, `text_column`, `subset`, `causal`) and the folder of the run, `run_dir`, which must
 be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint.
 """
 
@@ -21,6 +21,7 @@ PLACES = {
     "length": 128,
     "text_column": "text",
     "subset": None,
+    "causal": None,
     "run_dir": None,
 }
 
@@ -33,7 +34,7 @@ def main() -> None:
     try:
         places, config = read(arguments.config)
         teacher, tokenizer = load_teacher(places["teacher"])
-        text = {name: places[name] for name in ("length", "text_column", "subset")}
+        text = {name: places[name] for name in ("length", "text_column", "subset", "causal")}
         train, validation = load_corpus(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
     except (ValueError, OSError, ArithmeticError) as error:

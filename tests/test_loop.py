@@ -16,7 +16,7 @@ import hdlib.__main__
 from hdlib import DistillConfig, Widths
 from hdlib.losses import TERMS
 
-from conftest import random_bert
+from models import random_model
 
 ARGUMENTS = {
     "steps": 24,
@@ -179,15 +179,18 @@ def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
     assert run.metrics["total"].iloc[-1] > 0
 
 
-def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file):
+@pytest.mark.parametrize(
+    "name, options", [("bert", {}), ("qwen3", {"causal": True}), ("gpt2", {"causal": True, "recover": True})]
+)
+def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file, name, options):
     """Two processes keep the same neurons as one and end with the same weights."""
-    random_bert(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    random_model(name, vocabulary=len(tokenizer)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     results = []
     for processes in (1, 2):
         places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
         places["run_dir"] = str(tmp_path / f"run_{processes}")
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places | options))
         launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, "-m", *launch, "-m", "hdlib", str(tmp_path / "config.yaml")]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import hdlib
+from hdlib.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -63,12 +64,16 @@ def test_notebooks_run_at_smoke_scale(path, tmp_path):
         path, executed, parameters={"runs": str(tmp_path)}, cwd=path.parent, progress_bar=False, kernel_name="python3"
     )
     (result,) = tmp_path.rglob("result.json")
-    assert json.loads(result.read_text())
     outputs = [o for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for o in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "a figure"
     assert not [o.text for o in outputs if o.get("name") == "stderr" and "Warning" in o.text], "no warnings"
+    result = json.loads(result.read_text())
+    if path.stem == "03_narrowing":
+        assert result["largest_difference"] <= 1e-5 and result["toy_difference"] <= 1e-6
+        assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005
+        assert result["families"] == len(FAMILIES)
+        assert result["kl_sensitivity"] < result["kl_magnitude"] < result["kl_random"]
     if path.stem == "00_quickstart":
-        result = json.loads(result.read_text())
         assert result["encoder_parameters_ratio"] <= 0.15
         assert result["largest_logit_difference_stock"] <= 1e-5
         assert 0 < result["held_out_kl"] < 10 and result["step_time_ratio_after_last_prune"] < 1
