@@ -54,7 +54,8 @@ def discrepancy(
         fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
         real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()
         for fit, states, targets in zip(fits, ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
-            states = states if neurons is None else states[..., neurons.to(states.device)]
+            if neurons is not None and states.shape[-1] == student.config.hidden_size:
+                states = states[..., neurons.to(states.device)]
             fit.add(states[real], targets[real])
     student.train(modes[0]), teacher.train(modes[1])
     if positions == 0:

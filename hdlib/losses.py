@@ -217,10 +217,9 @@ class DistillationLoss(nn.Module):
                 terms["prediction"] = prediction_loss(student_logits, teacher_logits, self.temperature)
         if weights["hidden"] or weights["embedding"]:
             _same_layers("hidden states", student.hidden_states, teacher.hidden_states, len(self.heads) + 1)
-            _check_last_state(student.hidden_states)
         if weights["hidden"]:
             terms["hidden"] = sum(
-                state_loss(states @ projection, target, attention_mask)  # (B, S, Ds) @ (Ds, Dt)
+                state_loss(_in_teacher_space(states, projection, target), target, attention_mask)
                 for projection, states, target in zip(
                     self.hidden_projections, student.hidden_states[1:], teacher.hidden_states[1:], strict=True
                 )
@@ -285,12 +284,13 @@ def _softmax(scores: Tensor, attended: Tensor | None, attention_mask: Tensor | N
     return scores.softmax(-1)
 
 
-def _check_last_state(states) -> None:
-    if states[-1].shape[-1] != states[0].shape[-1]:
-        raise ValueError(
-            f"the last hidden state has {states[-1].shape[-1]} numbers, the others {states[0].shape[-1]}: this model "
-            "projects it (as OPT-350m does), and the hidden term cannot compare it. hidden=0, embedding=0 leave it out"
-        )
+def _in_teacher_space(states: Tensor, projection: Tensor, target: Tensor) -> Tensor:
+    """(B, S, Ds) to (B, S, Dt). A state that has the teacher's width for good needs no projection.
+
+    OPT-350m has such a one: its last state is projected to the width of its embeddings, which stays.
+    """
+    fixed = states.shape[-1] == target.shape[-1] != projection.shape[1]
+    return states if fixed else states @ projection
 
 
 def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:

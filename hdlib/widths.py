@@ -56,6 +56,8 @@ def family(model: PreTrainedModel) -> Family:
         raise unsupported(kind)
     if model.config.is_encoder_decoder or getattr(model.config, "add_cross_attention", False):
         raise UnsupportedArchitecture(f"this {kind!r} model has cross-attention, whose width groups are not declared")
+    if getattr(model.config, "inner_group_num", 1) != 1:
+        raise UnsupportedArchitecture("an ALBERT with inner_group_num other than 1 has no width groups declared")
     return FAMILIES[kind]
 
 
@@ -346,8 +348,6 @@ def layer_of_parameters(model: PreTrainedModel) -> list[int]:
     """For each layer that runs, in order, the layer whose parameters it uses: 0, 1, 2, ..., but for ALBERT."""
     layers = model.config.num_hidden_layers
     groups = getattr(model.config, "num_hidden_groups", layers)
-    if getattr(model.config, "inner_group_num", 1) != 1:
-        raise UnsupportedArchitecture("an ALBERT with inner_group_num other than 1 has no width groups declared")
     return [layer * groups // layers for layer in range(layers)]
 
 

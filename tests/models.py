@@ -92,6 +92,15 @@ KINDS = {
     ),
     "gpt2, unscaled": Kind(T.GPT2LMHeadModel, T.GPT2Config, _GPT2_NAMES, _GPT | {"scale_attn_weights": False}),
     "opt": Kind(T.OPTForCausalLM, T.OPTConfig, {"intermediate_size": "ffn_dim"}, _GPT | {"word_embed_proj_dim": None}),
+    "opt, plain norms": Kind(
+        T.OPTForCausalLM,
+        T.OPTConfig,
+        {"intermediate_size": "ffn_dim"},
+        _GPT | {"word_embed_proj_dim": None, "layer_norm_elementwise_affine": False, "do_layer_norm_before": False},
+    ),
+    "opt, projected": Kind(
+        T.OPTForCausalLM, T.OPTConfig, {"intermediate_size": "ffn_dim"}, _GPT | {"word_embed_proj_dim": 10}
+    ),
     "gpt_neox": Kind(T.GPTNeoXForCausalLM, T.GPTNeoXConfig, options=_ROTARY, head_dims=False),
     "llama": Kind(T.LlamaForCausalLM, T.LlamaConfig, **_LLAMA, divisible=True),
     "llama, tied and biased": Kind(
@@ -197,8 +206,9 @@ def models_and_widths(draw, least_hidden=1):
     if not kind.linked and not kind.hidden_fixed:
         grain = heads if kind.divisible else 1
         hidden = grain * draw(st.integers(-(-least_hidden // grain), wide.hidden // grain))
-    embedding = getattr(model.config, "embedding_size", None)
-    while hidden < least_hidden or (hidden == embedding and hidden != wide.hidden and kind.config is T.ElectraConfig):
+    embedding = {"electra": "embedding_size", "opt": "word_embed_proj_dim"}.get(model.config.model_type)
+    avoided = getattr(model.config, embedding) if embedding else wide.hidden
+    while hidden < least_hidden or hidden == avoided != wide.hidden:
         heads, head_dim = (wide.heads, wide.head_dim) if hidden < least_hidden else (heads, head_dim + 1)
         hidden = heads * head_dim
     ffn = draw(st.integers(1, wide.ffn))

@@ -47,7 +47,7 @@ def _masked_norm(mask: torch.Tensor):
         states = inputs[0]
         mean = (states * mask).sum(-1, keepdim=True) / mask.sum()
         variance = ((states - mean).square() * mask).sum(-1, keepdim=True) / mask.sum()
-        normed = norm.weight * (states - mean) / (variance + norm.eps).sqrt()
+        normed = (1.0 if norm.weight is None else norm.weight) * (states - mean) / (variance + norm.eps).sqrt()
         return (normed if norm.bias is None else normed + norm.bias) * mask
 
     return hook
@@ -73,8 +73,10 @@ def zeroed(model: PreTrainedModel, kept: dict[str, torch.Tensor]):
         for name, module in model.named_modules():
             if hidden is None or "norm" not in type(module).__name__.lower():
                 continue
-            if module.weight.shape == (width,) and not _over_something_else(name, model):
-                hook = _masked_norm(hidden) if isinstance(module, nn.LayerNorm) else _masked_rms_norm(hidden)
+            with_mean = isinstance(module, nn.LayerNorm)
+            shape = module.normalized_shape if with_mean else module.weight.shape
+            if shape == (width,) and not _over_something_else(name, model):
+                hook = _masked_norm(hidden) if with_mean else _masked_rms_norm(hidden)
                 stack.callback(module.register_forward_hook(hook).remove)
         yield model
 

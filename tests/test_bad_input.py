@@ -12,6 +12,7 @@ import hdlib
 from hdlib import DistillConfig, Widths
 
 from conftest import random_bert, sentences
+from models import random_model
 
 
 @pytest.fixture
@@ -195,6 +196,11 @@ def test_a_parameter_that_no_table_knows():
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(24)))
     with refused("parameter extra of shape \\(24,\\)", hdlib.UnsupportedArchitecture):
         hdlib.width_groups(model)
+
+
+def test_an_albert_of_several_layers_to_a_group():
+    with refused("inner_group_num", hdlib.UnsupportedArchitecture):
+        hdlib.width_groups(random_model("albert", inner_group_num=2))
 
 
 # --- widths and scores
