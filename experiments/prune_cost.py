@@ -5,7 +5,7 @@
 A BERT-base shape with its masked-language-model head, 8 x 128 tokens, float32. One prune is everything from scores to a
 narrowed model and optimiser (AdamW with moments): 768 to 756 hidden neurons, 3,072 to 3,024 inner ones, a
 dimension of every head. Torch-Pruning (`pip install --no-deps torch-pruning==1.6.1`, left out if it is not
-there) removes about as much from the same model by its first-order importance; it knows nothing of the optimiser.
+there) is asked to remove as much from the same model by its first-order importance; it knows nothing of the optimiser.
 Forward and backward and the prunes take turns, so that whatever else the machine does falls on all of them.
 """
 
@@ -20,11 +20,9 @@ from time import perf_counter
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
-from transformers.pytorch_utils import Conv1D  # noqa: F401  (Torch-Pruning looks at modules by type)
 
 import hdlib
 
-TURNS = 5
 BATCH, LENGTH = 8, 128
 
 
@@ -32,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
-    seconds = measure()
+    seconds = measure(turns=5)
     step = median(seconds["forward_backward"])
     figures = {
         name: {"seconds": round(median(times), 4), "of_a_step": round(median(times) / step, 4)}
@@ -43,7 +41,8 @@ def main() -> None:
         arguments.results.write_text(json.dumps(figures | {"threads": torch.get_num_threads()}, indent=2) + "\n")
 
 
-def measure() -> dict[str, list[float]]:
+def measure(turns: int, beside: bool = True) -> dict[str, list[float]]:
+    """Seconds of each part, a list over the turns; `beside` measures Torch-Pruning too, if it is there."""
     torch.manual_seed(0)
     input_ids = torch.randint(1000, 30000, (BATCH, LENGTH))
     model = BertForMaskedLM(BertConfig()).eval()
@@ -52,7 +51,7 @@ def measure() -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {"forward_backward": [], "scores": [], "prune": []}
     forward_backward(model, input_ids)  # warm up, and give the optimiser its moments
     optimizer.step()
-    for turn in range(1, TURNS + 1):
+    for turn in range(1, turns + 1):
         optimizer.zero_grad()
         seconds["forward_backward"].append(timed(forward_backward, model, input_ids))
         seconds["scores"].append(timed(scorer.update, model))
@@ -60,7 +59,7 @@ def measure() -> dict[str, list[float]]:
         optimizer.zero_grad()
         widths = hdlib.Widths(hidden=768 - 12 * turn, ffn=3072 - 48 * turn)
         seconds["prune"].append(timed(prune, model, widths, scorer, optimizer))
-        if find_spec("torch_pruning"):
+        if beside and find_spec("torch_pruning"):
             seconds.setdefault("torch_pruning", []).append(torch_pruning_step(input_ids))
     return seconds
 
