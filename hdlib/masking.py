@@ -85,9 +85,8 @@ class Masks:
             try:
                 yield
             finally:
-                for parameter, axis, out, values in reversed(
-                    hidden_away
-                ):  # what lies in two of them was hidden by the first
+                # Backwards: what two of them have in common was still there when the first was hidden.
+                for parameter, axis, out, values in reversed(hidden_away):
                     _put_back(parameter, axis, out, values)
 
     @torch.no_grad()
@@ -137,7 +136,7 @@ class Masks:
             count = quota[kind] if kind != HEADS else widths.heads * self._groups[members[0]].size // wide.heads
             ranked = []
             for name in members:
-                score = scores[name].double()
+                score = scores[name].double().clone()
                 if not self.recover:
                     left = self.kept[name].to(score.device)
                     score = torch.full_like(score, -1.0).index_copy(0, left, score[left])

@@ -113,7 +113,10 @@ def test_a_global_quota_ranks_all_layers_together(name, recover):
     widths = Widths.at(model, 0.5)
     scores = random_scores(model)
     scores["layer.1.ffn"] *= 0.01  # what matters least is in the middle layer
+    scores = {key: score.double() for key, score in scores.items()}
+    before = copy.deepcopy(scores)
     kept = masks.choose(widths, scores)
+    assert all(torch.equal(score, before[key]) for key, score in scores.items()), "the scorer's averages stay"
     counts = [len(kept[f"layer.{layer}.ffn"]) for layer in range(3)]
     assert sum(counts) == 3 * widths.ffn and counts[1] == max(1, 3 * widths.ffn - 2 * 56)
     outer = [f"layer.{layer}.ffn" for layer in (0, 2)]
