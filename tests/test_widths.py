@@ -133,3 +133,34 @@ def test_unusual_berts_narrow_and_load(tied, tmp_path):
         input_ids, _ = random_batch()
         for ours, theirs in zip(model(input_ids).to_tuple(), loaded.eval()(input_ids).to_tuple(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name, widths, words",
+    [
+        ("modernbert", Widths(head_dim=3), "head_dim=3: the head dimensions of 'modernbert' .* stay 6.*whole heads"),
+        ("modernbert", Widths(hidden=14), "not heads x head_dim.*With heads of 6 take hidden=12 or 18"),
+        ("qwen3", Widths(head_dim=4), "stay 6; narrow it by whole heads"),
+        ("qwen3", Widths(heads=3), "heads=3: .* 2 query heads share a key/value head.*a multiple of 2"),
+        ("llama", Widths(hidden=27), "a multiple of heads. With 4 heads take hidden=24"),
+        ("gemma3", Widths(hidden=14), "the hidden width of 'gemma3_text' cannot change from 28: .*sqrt"),
+        ("electra", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
+        ("deberta-v2", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
+        ("opt", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
+    ],
+)
+def test_what_a_family_cannot_become(name, widths, words):
+    embeddings = {"electra": "embedding_size", "deberta-v2": "embedding_size", "opt": "word_embed_proj_dim"}
+    model = random_model(name, **({embeddings[name]: 12} if name in embeddings else {}))
+    with pytest.raises(ValueError, match=words):
+        hdlib.narrow(model, widths)
+
+
+@pytest.mark.parametrize("name, option", [("electra", "embedding_size"), ("opt", "word_embed_proj_dim")])
+def test_the_width_of_the_embeddings_is_stepped_over(name, option):
+    """A student whose hidden width met that of its embeddings would be opened without the projection between them."""
+    model = random_model(name, **{option: 12})
+    assert Widths.at(model, 0.5) == Widths(hidden=8, ffn=28, head_dim=2, heads=4)
+    least = Widths.at(model, 0.3)
+    way = [Widths.of(model).between(least, i / 40, model) for i in range(41)]
+    assert {shape.hidden for shape in way} == {24, 20, 16, 8}
