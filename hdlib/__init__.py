@@ -1,6 +1,7 @@
 """HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled."""
 
 from . import cost
+from .arms import Bench, compare, final_table, overlap, pick
 from .config import DistillConfig
 from .data import load_corpus
 from .discrepancy import discrepancy
@@ -9,7 +10,7 @@ from .losses import DistillationLoss, LossTerms
 from .masking import Masks
 from .models import forward, load_teacher
 from .narrowing import narrow
-from .plots import plot_coupling, plot_discrepancy, plot_losses
+from .plots import plot_arms, plot_coupling, plot_discrepancy, plot_ends, plot_layers, plot_losses
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
 from .scorers import scorer
@@ -17,6 +18,7 @@ from .widgets import LiveFigure
 from .widths import UnsupportedArchitecture, WidthGroup, Widths, width_groups
 
 __all__ = [
+    "Bench",
     "DistillConfig",
     "DistillationLoss",
     "Diverged",
@@ -27,18 +29,25 @@ __all__ = [
     "UnsupportedArchitecture",
     "WidthGroup",
     "Widths",
+    "compare",
     "cost",
     "cubic",
     "discrepancy",
     "distill",
+    "final_table",
     "forward",
     "linear",
     "load_corpus",
     "load_teacher",
     "narrow",
     "one_shot",
+    "overlap",
+    "pick",
+    "plot_arms",
     "plot_coupling",
     "plot_discrepancy",
+    "plot_ends",
+    "plot_layers",
     "plot_losses",
     "save_result",
     "scorer",

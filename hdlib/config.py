@@ -24,6 +24,7 @@ class DistillConfig:
     batch_size: int = 32  # B, blocks a step over all processes
     target: float | Widths | dict = 0.29  # what is kept of every width, or the shape to reach
     multiple_of: int = 1  # for a ratio: hidden and feed-forward widths are multiples of this
+    initial: str = "teacher"  # the student starts as the teacher's copy; or random, fresh weights of the target shape
 
     schedule: str = "cubic"  # how the kept fraction falls: cubic, linear or one_shot
     prune_start: float = 0.05  # t_i as a fraction of the steps
@@ -56,6 +57,7 @@ class DistillConfig:
 
     eval_every: int = 50  # steps from one held-out measure to the next
     eval_blocks: int = 64  # held-out blocks measured
+    eval_prunes: bool = False  # measure just before and just after every prune too
     checkpoint_every: int = 100  # steps from one checkpoint to the next
 
     def __post_init__(self):
@@ -88,6 +90,10 @@ class DistillConfig:
         _require(0 < self.mask_probability < 1, f"mask_probability is in (0, 1); got {self.mask_probability}")
         _require(0 <= self.smoothing < 1, f"smoothing is in [0, 1); got {self.smoothing}")
         _require(self.weight_decay >= 0, f"weight_decay is at least 0; got {self.weight_decay}")
+        _require(
+            self.initial == "teacher" or not self.under_masks,
+            "masked, recover and scope='global' mask the teacher's copy; initial='random' starts at the target shape",
+        )
         if not isinstance(self.target, Widths):
             _require(0 < self.target <= 1, f"target is the fraction of the width to keep, in (0, 1]; got {self.target}")
         DistillationLoss(1, 1, 1, **self.loss_options())  # refuses what it cannot do
@@ -185,6 +191,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 _CHOICES = {
+    "initial": ("teacher", "random"),
     "schedule": tuple(SCHEDULES),
     "scorer": tuple(SCORERS),
     "scope": SCOPES,

@@ -1,19 +1,54 @@
-"""What a model costs: parameters and time."""
+"""What a model costs: parameters, floating-point operations and time."""
 
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from statistics import median
 from time import perf_counter
 
 import torch
-from transformers import PreTrainedModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameter counts, tied weights once: `total`, and `encoder`, the layers without embeddings and head."""
     layers = sum(p.numel() for name, p in model.named_parameters() if re.search(r"[.]\d+[.]", name))
     return {"total": model.num_parameters(), "encoder": layers}
+
+
+def encoder_parameters(config: PreTrainedConfig) -> int:
+    """Parameters in the layers of a model of this shape."""
+    return parameters(_without_weights(config))["encoder"]
+
+
+def flops(config: PreTrainedConfig, length: int = 128) -> int:
+    """Floating-point operations of one forward of one sequence through the layers, head left out.
+
+    Counted by PyTorch over the matrix products, two for each multiply-add.
+
+    Args:
+        config: of the model; its weights are not needed.
+        length: S, tokens; cut to the positions that the model has.
+    """
+    try:
+        return _counted(_without_weights(config), length, "meta")  # nothing is computed
+    except RuntimeError:  # DeBERTa reads numbers off tensors on its way, and the meta device has none
+        return _counted(AutoModel.from_config(deepcopy(config), attn_implementation="eager"), length, "cpu")
+
+
+def _counted(model: PreTrainedModel, length: int, device: str) -> int:
+    tokens = torch.zeros(1, min(length, model.config.max_position_embeddings), dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    return counter.get_total_flops()
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The bare model of a shape, on the meta device; eager, since not every SDPA kernel is counted."""
+    with torch.device("meta"):
+        return AutoModel.from_config(deepcopy(config), attn_implementation="eager")
 
 
 @torch.inference_mode()

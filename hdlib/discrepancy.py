@@ -8,13 +8,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .data import batches
-from .losses import IGNORED, mlm_loss, prediction_loss
+from .losses import IGNORED, attention_divergence, mlm_loss, prediction_loss, select_heads
 from .models import forward
 
 
 @torch.no_grad()
 def discrepancy(
-    student: PreTrainedModel, teacher: PreTrainedModel, blocks, batch_size: int = 16, neurons: Tensor | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks,
+    batch_size: int = 16,
+    neurons: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> dict[str, float]:
     """The prediction discrepancy and its companions at the labelled positions of held-out blocks.
 
@@ -25,6 +30,7 @@ def discrepancy(
         blocks: held-out blocks with fixed `labels`, as `load_corpus` returns for validation.
         batch_size: blocks a forward; changes nothing but memory.
         neurons: of a student under masks, the indices of its residual neurons that count; None for all.
+        heads: (L, Hs), which of the teacher's heads each of the student's is; None: the same ones.
 
     Returns:
         kl: KL(teacher || student), nats a labelled token, mean (the paper's discrepancy); 0.0 if identical.
@@ -33,7 +39,9 @@ def discrepancy(
         accuracy, teacher_accuracy: share of them guessed right.
         hidden: mean squared difference between the teacher's hidden states and the best linear map of the
             student's (least squares over these tokens, so that any two widths compare), mean over
-            layers and elements; 0.0 if identical, to rounding.
+            layers and elements; 0.0 if identical, to rounding. hidden_1 to hidden_L: the same of each layer.
+        attention_1 to attention_L: KL(teacher || student) of what a token attends to, nats, mean over heads and
+            tokens; 0.0 if identical. Left out where the student has fewer heads and nobody says which.
 
     Raises:
         ValueError: no blocks, or no labelled position in them.
@@ -42,7 +50,7 @@ def discrepancy(
     student.eval(), teacher.eval()
     sums: dict[str, Tensor] = {}
     fits: list[_LinearFit] = []
-    positions = 0
+    positions = tokens = 0
     for batch in batches(blocks, batch_size, device=student.device):
         looked_at = batch["labels"] != IGNORED
         labels, count = batch["labels"][looked_at], int(looked_at.sum())  # (N,)
@@ -53,6 +61,9 @@ def discrepancy(
         positions += count
         fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
         real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()
+        for name, value in _attention_means(ours, theirs, heads, batch.get("attention_mask")).items():
+            sums[name] = sums.get(name, 0.0) + value.double() * real.sum()
+        tokens += int(real.sum())
         for fit, states, targets in zip(fits, ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
             if neurons is not None and states.shape[-1] == student.config.hidden_size:
                 states = states[..., neurons.to(states.device)]
@@ -60,8 +71,10 @@ def discrepancy(
     student.train(modes[0]), teacher.train(modes[1])
     if positions == 0:
         raise ValueError("the held-out blocks have no labelled position: pass the validation blocks of load_corpus")
-    means = {name: float(value) / positions for name, value in sums.items()}
-    return means | {"hidden": sum(fit.residual() for fit in fits) / len(fits)}
+    means = {name: float(value) / (tokens if "attention" in name else positions) for name, value in sums.items()}
+    residuals = [fit.residual() for fit in fits]
+    by_layer = {f"hidden_{layer}": residual for layer, residual in enumerate(residuals, 1)}
+    return means | {"hidden": sum(residuals) / len(residuals)} | by_layer
 
 
 def _position_means(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -75,6 +88,18 @@ def _position_means(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[st
         "accuracy": (guess == labels).float().mean(),
         "teacher_accuracy": (teacher_guess == labels).float().mean(),
     }
+
+
+def _attention_means(ours, theirs, heads: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """The attention's divergence in each layer, where heads can be paired."""
+    if heads is None and ours.attentions[0].num_heads != theirs.attentions[0].num_heads:
+        return {}
+    means = {}
+    for layer, pair in enumerate(zip(ours.attentions, theirs.attentions, strict=True), 1):
+        if heads is not None:
+            pair = [select_heads(recorded, heads[layer - 1]) for recorded in pair]
+        means[f"attention_{layer}"] = attention_divergence(*pair, attention_mask)
+    return means
 
 
 class _LinearFit:

@@ -21,11 +21,11 @@ from .discrepancy import discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
 from .masking import Masks, applied
-from .models import forward, recording, student_of
+from .models import forward, random_student, recording, student_of
 from .narrowing import narrow
 from .runs import Run
 from .scorers import Scorer, scorer
-from .widths import Widths, family
+from .widths import Widths, all_neurons, family
 
 
 class Diverged(ArithmeticError):
@@ -69,7 +69,8 @@ def distill(
     run = _open_run(accelerator, run_dir, _arguments(config, teacher, train, validation), resume)
     if run.finished:
         return run
-    training = _Training.begin(teacher.float().eval().to(accelerator.device), config, run if resume else None)
+    teacher = teacher.float().eval().to(accelerator.device)
+    training = _Training.begin(teacher, config, target, run if resume else None)
     student, loss, masks = training.student, training.loss, training.masks
     optimizer, importance = training.optimizer, training.importance
     held_out = validation.take(min(config.eval_blocks, len(validation)))
@@ -79,9 +80,9 @@ def distill(
     batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
     with _Reporter(accelerator, run, training, config, on_step) as report, recording(teacher, student):
         if training.step == 0:
-            report.baseline(Widths.of(student), discrepancy(student, teacher, held_out))
+            report.baseline(training.widths, training.discrepancy(teacher, held_out))
         for step, batch in enumerate(batches, training.step + 1):
-            started = perf_counter()
+            training.start_clock()
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
 
             with applied(masks):
@@ -89,7 +90,7 @@ def distill(
                 positions = loss.looked_at(batch["labels"])
                 with _autocast(accelerator, config):
                     with torch.no_grad():
-                        theirs = forward(teacher, batch["input_ids"], positions)
+                        theirs = forward(teacher, batch["input_ids"], positions) if loss.compares else None
                     ours = forward(student, batch["input_ids"], positions)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])
@@ -110,19 +111,21 @@ def distill(
 
             # 5. Keep the most important neurons, as many as the schedule leaves.
             widths = config.widths_at(step, teacher, target)
-            fits = widths.fits_in(training.widths)
-            if masks is not None and fits and config.chooses_at(step):
+            prunes = training.prunes(step, widths)
+            before = training.discrepancy(teacher, held_out) if prunes and config.eval_prunes else {}
+            if prunes and masks is not None:
                 masks.choose(widths, importance.scores())
-            elif masks is None and fits and widths != training.widths:
+            elif prunes:
                 kept = narrow(student, widths, importance.scores(), optimizer)
                 importance.narrow(kept)
                 loss.narrow(kept, optimizer)
+                training.keep(kept)
 
-            training.done(step, perf_counter() - started)
-            due = step % config.eval_every == 0 or step == config.steps
-            measured = training.discrepancy(teacher, held_out) if due else {}
-            _check_finite(step, _held_out(measured), run)
-            report.step(terms, norm, training.widths, measured)
+            training.stop_clock(step)
+            due = before or step % config.eval_every == 0 or step == config.steps
+            measured = _held_out(training.discrepancy(teacher, held_out)) if due else {}
+            _check_finite(step, measured, run)
+            report.step(terms, norm, training.widths, measured | _named("before_prune", before))
             if step % config.checkpoint_every == 0 and step < config.steps:
                 report.checkpoint(tokenizer)
     _finish(accelerator, run, training, target, tokenizer)
@@ -137,6 +140,8 @@ def _finish(accelerator: Accelerator, run: Run, training: _Training, target: Wid
     if exported and Widths.of(training.student) != target:
         raise RuntimeError(f"asked for {target}, got {Widths.of(training.student)}")
     if accelerator.is_main_process:
+        if training.kept:
+            run.save_kept(training.kept)
         if exported:
             run.save_student(training.student, tokenizer)
         else:
@@ -148,16 +153,17 @@ class _Training:
     """All that changes while training: what a checkpoint must hold."""
 
     def __init__(self, student: PreTrainedModel, loss: DistillationLoss, importance: Scorer, config: DistillConfig):
-        self.student, self.loss, self.importance = student, loss, importance
+        self.student, self.loss, self.importance, self.config = student, loss, importance, config
         self.masks = Masks(student, loss, config.scope, config.recover) if config.under_masks else None
         self.optimizer = _optimizer(student, loss, config)
         self.learning_rate = get_linear_schedule_with_warmup(
             self.optimizer, round(config.warmup * config.steps), config.steps
         )
-        self.step, self.seconds, self.last_seconds = 0, 0.0, 0.0
+        self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
+        self._kept = all_neurons(student) if config.initial == "teacher" else {}
 
     @classmethod
-    def begin(cls, teacher: PreTrainedModel, config: DistillConfig, resumed: Run | None) -> _Training:
+    def begin(cls, teacher: PreTrainedModel, config: DistillConfig, target: Widths, resumed: Run | None) -> _Training:
         """Step 0, or where the newest sound checkpoint of a run left off."""
         for folder in reversed(resumed.checkpoints() if resumed else []):
             try:
@@ -166,10 +172,10 @@ class _Training:
                 tqdm.write(f"{folder} cannot be read ({error}); going on from the one before")
         if resumed:
             resumed.rewind(-1)
-        importance = scorer(config.scorer, smoothing=config.smoothing)
-        return cls(
-            student_of(teacher), _loss(teacher, Widths.of(teacher), config).to(teacher.device), importance, config
-        )
+        copied = config.initial == "teacher"
+        student = student_of(teacher) if copied else random_student(teacher, target, config.seed)
+        loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
+        return cls(student, loss, scorer(config.scorer, smoothing=config.smoothing), config)
 
     @classmethod
     def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
@@ -184,27 +190,49 @@ class _Training:
         training.learning_rate.load_state_dict(state["learning_rate"])
         if training.masks is not None:
             training.masks.load_state_dict(state["masks"])
-        training.step, training.seconds = state["step"], state["seconds"]
+        training.step, training.seconds, training._kept = state["step"], state["seconds"], state["kept"]
         run.rewind(training.step)
         return training
 
-    def done(self, step: int, seconds: float) -> None:
-        self.step, self.last_seconds, self.seconds = step, seconds, self.seconds + seconds
+    def start_clock(self) -> None:
+        self._started = perf_counter()
+
+    def stop_clock(self, step: int) -> None:
+        self.step, self.last_seconds = step, perf_counter() - self._started
+        self.seconds += self.last_seconds
+
+    def prunes(self, step: int, widths: Widths) -> bool:
+        """Whether neurons are to go after this step (or, under masks, to be ranked anew)."""
+        due = widths != self.widths if self.masks is None else self.config.chooses_at(step)
+        return due and widths.fits_in(self.widths)
+
+    def keep(self, kept: dict[str, torch.Tensor]) -> None:
+        self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """Which of the teacher's neurons and heads the student still has; empty if it was never its copy."""
+        return self._kept if self.masks is None else self.masks.kept
 
     @property
     def widths(self) -> Widths:
         return Widths.of(self.student) if self.masks is None else self.masks.widths
 
     def discrepancy(self, teacher: PreTrainedModel, held_out) -> dict[str, float]:
+        """The held-out measures of the student as it is; the step's clock stands still meanwhile."""
+        started = perf_counter()
         neurons = None if self.masks is None else self.masks.kept.get(HIDDEN)
         with applied(self.masks):
-            return discrepancy(self.student, teacher, held_out, neurons=neurons)
+            measured = discrepancy(self.student, teacher, held_out, neurons=neurons, heads=self.loss.heads)
+        self._started += perf_counter() - started
+        return measured
 
     def state(self) -> dict:
         masks = {} if self.masks is None else {"masks": self.masks.state_dict()}
         return masks | {
             "step": self.step,
             "seconds": self.seconds,
+            "kept": self._kept,
             "loss": self.loss.state_dict(),
             "importance": self.importance.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -237,7 +265,7 @@ class _Reporter:
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds}
         record |= {name: value.item() for name, value in terms.named().items()}
         record |= {"gradient_norm": norm.item(), "learning_rate": training.learning_rate.get_last_lr()[0]}
-        self._tell(record | _widths_record(widths) | _held_out(measured))
+        self._tell(record | _widths_record(widths) | measured)
         self.bar.update()
 
     def checkpoint(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -339,4 +367,8 @@ def _widths_record(widths: Widths) -> dict[str, int]:
 
 
 def _held_out(measured: dict[str, float]) -> dict[str, float]:
-    return {f"held_out_{name}": value for name, value in measured.items()}
+    return _named("held_out", measured)
+
+
+def _named(prefix: str, measured: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in measured.items()}

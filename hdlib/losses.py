@@ -104,6 +104,21 @@ def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None
     return difference.square().sum() / pairs.expand_as(student).sum()
 
 
+def attention_divergence(student, teacher, attention_mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of what a token attends to, in nats, mean over heads and real tokens; 0.0 if identical.
+
+    Unlike the difference of scores it ignores what the softmax ignores, a constant added to all of a row.
+
+    Args:
+        student, teacher: what one layer recorded, with the same heads.
+    """
+    rows = [_masked(recorded.scores(), recorded.attended, attention_mask) for recorded in (student, teacher)]
+    rows = [scores.transpose(1, 2) for scores in rows]  # (B, S, H, S)
+    if attention_mask is not None:
+        rows = [scores[attention_mask.bool()] for scores in rows]  # (N, H, S)
+    return prediction_loss(*(scores.flatten(0, -2) for scores in rows))
+
+
 def pairs_that_count(attended: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Pairs of tokens that are real and meet in this layer, (1 or B, 1, S, S) of bool; None for all.
 
@@ -195,7 +210,7 @@ class DistillationLoss(nn.Module):
             student, teacher: Hugging Face outputs with `logits`, `hidden_states` (L + 1 of them) and
                 `attentions`, as `hdlib.forward` gives them: L QueryKey pairs. The logits are (B, S, V),
                 or (N, V) for the positions the loss looks at. Attention probabilities (B, H, S, S) do
-                for attention_target="probs".
+                for attention_target="probs". The teacher may be None where the loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
 
@@ -235,6 +250,11 @@ class DistillationLoss(nn.Module):
             terms["embedding"] = state_loss(projected, teacher.hidden_states[0], attention_mask)
         return LossTerms(total=sum(weights[name] * value for name, value in terms.items()), **terms)
 
+    @property
+    def compares(self) -> bool:
+        """Whether any term looks at the teacher at all; language modelling alone does not."""
+        return any(self.weights[name] for name in TERMS if name != "mlm")
+
     def looked_at(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The positions whose logits the loss needs, (B, S) of bool."""
         if self.positions == "masked":
@@ -259,7 +279,7 @@ class DistillationLoss(nn.Module):
 
     def _attention(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The attention term of one layer, from what the two models recorded."""
-        compared = [_select_heads(recorded, heads) for recorded in (student, teacher)]
+        compared = [select_heads(recorded, heads) for recorded in (student, teacher)]
         if all(isinstance(recorded, Tensor) for recorded in compared):
             if self.attention_target == "scores":
                 raise ValueError(
@@ -270,18 +290,18 @@ class DistillationLoss(nn.Module):
         pairs = pairs_that_count(student.attended, attention_mask)
         scores = [recorded.scores() for recorded in compared]
         if self.attention_target == "probs":
-            scores = [_softmax(each, student.attended, attention_mask) for each in scores]
+            scores = [_masked(each, student.attended, attention_mask).softmax(-1) for each in scores]
         return attention_loss(*scores, pairs)
 
 
-def _softmax(scores: Tensor, attended: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Attention probabilities (B, H, S, S); the lowest finite number, since a row may have nothing to attend to."""
+def _masked(scores: Tensor, attended: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """What goes into the softmax, (B, H, S, S); the lowest finite number, since a row may have nothing to attend to."""
     lowest = torch.finfo(scores.dtype).min
     if attended is not None:
         scores = scores.masked_fill(~attended, lowest)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask.bool()[:, None, None, :], lowest)
-    return scores.softmax(-1)
+    return scores
 
 
 def _in_teacher_space(states: Tensor, projection: Tensor, target: Tensor) -> Tensor:
@@ -302,7 +322,7 @@ def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
     return logits
 
 
-def _select_heads(recorded, heads: Tensor):
+def select_heads(recorded, heads: Tensor):
     """The teacher's heads that the student still has, in its order; nothing to select where no others are left."""
     if isinstance(recorded, Tensor):  # probabilities (B, H, S, S)
         return recorded if recorded.shape[1] == len(heads) else recorded[:, heads]

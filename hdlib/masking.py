@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
 from .losses import DistillationLoss
 from .narrowing import check_scores, choose_among, narrow
-from .widths import QUERY_KEY, Widths, axes_of, layer_of_parameters, width_groups
+from .widths import QUERY_KEY, Widths, all_neurons, axes_of, layer_of_parameters, width_groups
 
 # The axis along which a module reads: its input.
 READING_AXIS = {nn.Linear: 1, Conv1D: 0, nn.Conv1d: 1}
@@ -48,9 +48,7 @@ class Masks:
         self.model, self.loss, self.scope, self.recover = model, loss, scope, recover
         self._groups, self._axes = width_groups(model), axes_of(model)
         self.widths = Widths.of(model)
-        self.kept = {name: torch.arange(group.size) for name, group in self._groups.items()}
-        layers = range(model.config.num_hidden_layers)
-        self.kept |= {f"layer.{layer}.heads": torch.arange(self.widths.heads) for layer in layers}
+        self.kept = all_neurons(model)
 
     def choose(self, widths: Widths, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Let the highest scores count, as many as `widths` says; returns them, as `hdlib.narrow` does.

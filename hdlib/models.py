@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .families import FAMILIES
 from .losses import QueryKey, Scores
-from .widths import UnsupportedArchitecture, family, unsupported
+from .widths import UnsupportedArchitecture, Widths, family, set_widths, unsupported
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # the name our attention function is registered under
@@ -111,6 +111,16 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
     outputs, while the config keeps the teacher's dropout for whoever fine-tunes the result.
     """
     return deepcopy(teacher).float().requires_grad_(True).eval()
+
+
+def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTrainedModel:
+    """A student of the teacher's family and of these widths that was never the teacher: the stock initialisation."""
+    config = deepcopy(teacher.config)
+    set_widths(teacher, config, widths)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = type(teacher)(config)
+    return student.to(teacher.device, torch.float32).eval()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -28,6 +29,14 @@ COLOURS = {
     "grey": "#666666",
 }
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+MEASURES = {
+    "held_out_kl": "KL(teacher ‖ student)\nnats per predicted word, held out",
+    "held_out_agreement": "same first guess as the teacher\nshare of predicted words, held out",
+    "held_out_mlm": "language-model loss\nnats per predicted word, held out",
+    "held_out_accuracy": "words guessed right\nshare of predicted words, held out",
+    "held_out_hidden": "hidden states, best linear map\nmean squared error, held out",
+}
 LABELS = {
     "mlm": "words (language model)",
     "prediction": "prediction (KL)",
@@ -58,7 +67,7 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
             measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, clip_on=False, label=name
         )
         lower.step(metrics.index, metrics["hidden_size"], where="post", color=colour, linestyle=style)
-    _finish(upper, "KL(teacher ‖ student)\nnats per predicted word, held out")
+    _finish(upper, MEASURES["held_out_kl"])
     _finish(lower, "hidden width\nneurons")
     lower.set_xlabel("step")
     lower.set_xlim(0, max(run.arguments["config"]["steps"] for run in runs.values()))  # what is to come shows too
@@ -93,6 +102,103 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
     if axes.lines:
         axes.legend(frameon=False, ncols=2, fontsize="small")
     return axes.figure
+
+
+def plot_arms(
+    runs: Mapping[str, list[Run]], measure: str = "held_out_kl", x: str = "step", axes: Axes | None = None
+) -> Figure:
+    """One held-out measure along the training of every arm: the mean over its seeds, and their range as a band.
+
+    Args:
+        runs: as `hdlib.Bench.distill` returns them.
+        measure: a column of `Run.metrics`.
+        x: "step", or "seconds" of training so far (the mean over the seeds, at each step).
+        axes: where to draw; a new figure if None.
+    """
+    axes = axes or plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    for (arm, each), colour, style, marker in zip(
+        runs.items(), _cycle(COLOURS.values()), _cycle(STYLES), _cycle(MARKERS), strict=False
+    ):
+        curves = pd.concat([run.metrics[measure].dropna() for run in each], axis=1).dropna()
+        elapsed = pd.concat([run.metrics["elapsed"] for run in each], axis=1).mean(axis=1)
+        places = curves.index if x == "step" else elapsed[curves.index]
+        axes.plot(
+            places,
+            curves.mean(axis=1),
+            color=colour,
+            linestyle=style,
+            marker=marker,
+            markersize=4,
+            markevery=max(1, len(curves) // 8),
+            clip_on=False,
+            label=f"{words(arm)} ({len(each)})",
+        )
+        axes.fill_between(places, curves.min(axis=1), curves.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    _finish(axes, MEASURES.get(measure, measure))
+    axes.set_xlabel("step" if x == "step" else "seconds of training")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small", title="arm (seeds)", title_fontsize="small")
+    return axes.figure
+
+
+def plot_ends(
+    table: pd.DataFrame, measure: str = "kl", baseline: str | None = None, axes: Axes | None = None
+) -> Figure:
+    """How every arm ended: a point for each seed, a bar at their mean, an arm a row.
+
+    Args:
+        table: as `hdlib.final_table` returns it.
+        measure: a column of it.
+        baseline: the arm whose mean is drawn as a line through all rows.
+        axes: where to draw; a new figure if None.
+    """
+    arms = list(table["arm"].unique())
+    axes = axes or plt.subplots(figsize=(7, 0.8 + 0.36 * len(arms)), layout="constrained")[1]
+    means = table.groupby("arm")[measure].mean()
+    if baseline in means:
+        axes.axvline(means[baseline], color=COLOURS["grey"], linewidth=1, linestyle=":", zorder=0)
+    for row, arm in enumerate(arms):
+        values = table.loc[table["arm"] == arm, measure]
+        colour = COLOURS["orange"] if arm == baseline else COLOURS["blue"]
+        axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
+        axes.plot(means[arm], row, "|", color=colour, markersize=16, markeredgewidth=2)
+        axes.annotate(
+            f"{means[arm]:.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small"
+        )
+    axes.set_yticks(range(len(arms)), [words(arm) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_xlabel(MEASURES.get(f"held_out_{measure}", measure).replace("\n", ", "))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.grid(axis="x", linewidth=0.5, alpha=0.4)
+    return axes.figure
+
+
+def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Figure:
+    """The discrepancy of every layer along one run, as shades: steps to the right, layers upwards.
+
+    Args:
+        run: finished or not.
+        what: "hidden" (mean squared error of the best linear map) or "attention" (KL of what is attended to).
+        axes: where to draw; a new figure if None.
+    """
+    axes = axes or plt.subplots(figsize=(7, 2.6), layout="constrained")[1]
+    columns = run.metrics.filter(regex=rf"^held_out_{what}_\d+$").dropna()
+    layers = np.arange(1, columns.shape[1] + 1)
+    shades = axes.pcolormesh(columns.index, layers, columns.to_numpy().T, cmap="cividis", shading="nearest")
+    axes.set_yticks(layers)
+    axes.set_xlabel("step")
+    axes.set_ylabel("layer")
+    unit = {"hidden": "mean squared error", "attention": "nats per token"}[what]
+    axes.figure.colorbar(shades, ax=axes, label=unit)
+    return axes.figure
+
+
+def words(name: str) -> str:
+    """The name of an arm as a label."""
+    return name.replace("_", " ")
 
 
 def plot_coupling(model: PreTrainedModel, kept: Mapping[str, Tensor], layer: int = 0) -> Figure:

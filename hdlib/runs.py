@@ -3,6 +3,7 @@
     run.json                    arguments, versions, teacher, data; written before the first step
     metrics.jsonl               one line of JSON for each logged step
     checkpoints/step_00000400/  a stock model folder, the tokenizer, and training_state.pt beside them
+    kept.json                   which of the teacher's neurons the student still has, by group; written before it
     student/                    the result, a stock model folder; missing where neurons were ranked over all layers
 
 Folders are written under a temporary name and renamed, so that what has its name is whole.
@@ -17,13 +18,15 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .models import language_model_class
 
-PARTS = ("run.json", "metrics.jsonl", "checkpoints", "student")
+PARTS = ("run.json", "metrics.jsonl", "checkpoints", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -102,6 +105,19 @@ class Run:
         model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(self.student_folder)
 
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """Which of the teacher's neurons the student still has: group name to indices.
+
+        Raises:
+            FileNotFoundError: not finished, or the student never was the teacher's copy.
+        """
+        path = self._file("kept.json")
+        if not path.exists():
+            why = "it began with random weights" if self.finished else "the run has not finished"
+            raise FileNotFoundError(f"{self.folder} does not say which neurons were kept: {why}")
+        return json.loads(path.read_text())
+
     def checkpoints(self) -> list[Path]:
         """Whole checkpoint folders, oldest first."""
         return sorted(path for path in self._file("checkpoints").glob("step_*") if path.suffix != ".tmp")
@@ -124,6 +140,10 @@ class Run:
 
     def save_student(self, model, tokenizer) -> None:
         _save_folder(self._file("student"), model, tokenizer)
+
+    def save_kept(self, kept: dict[str, torch.Tensor]) -> None:
+        indices = {name: neurons.tolist() for name, neurons in sorted(kept.items())}
+        _write_whole(self._file("kept.json"), json.dumps(indices) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run logs it again."""
@@ -160,9 +180,25 @@ def _machine() -> dict:
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def save_result(folder: str | Path, result: dict) -> Path:
-    """Write a notebook's result to `folder/result.json`; raises ValueError for a number that is not finite."""
-    path = Path(folder) / "result.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return path
+def save_result(
+    folder: str | Path, result: dict, *, table: pd.DataFrame | None = None, figure: Figure | None = None
+) -> Path:
+    """Write what a notebook found to a folder, the result last: where it is, the others are too.
+
+    Args:
+        folder: where to; made if it is not there.
+        result: plain numbers and texts, to `result.json`. Raises ValueError for a number that is not finite.
+        table: to `table.csv`, without its index.
+        figure: to `figure.png` and `figure.svg`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if table is not None:
+        _write_whole(folder / "table.csv", table.to_csv(index=False, float_format="%.6g"))
+    if figure is not None:
+        with plt.rc_context({"svg.hashsalt": "hdlib", "svg.fonttype": "none"}):  # the same figure, the same file
+            figure.savefig(folder / "figure.png", dpi=160)
+            figure.savefig(folder / "figure.svg", metadata={"Date": None})
+    _write_whole(folder / "result.json", text)
+    return folder / "result.json"

@@ -140,6 +140,13 @@ def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, width: int
     return tuple(blocks)
 
 
+def all_neurons(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is kept before anything has gone, in the form in which `hdlib.narrow` returns it."""
+    kept = {name: torch.arange(group.size) for name, group in width_groups(model).items()}
+    layers, heads = range(model.config.num_hidden_layers), Widths.of(model).heads
+    return kept | {f"layer.{layer}.heads": torch.arange(heads) for layer in layers}
+
+
 def narrowed_axis(blocks: Axis, kept: dict[str, Tensor]) -> Axis:
     """The axis after a prune; `kept` is what `hdlib.narrow` returned."""
     return blocks and tuple(block._replace(size=len(kept[block.group])) for block in blocks)

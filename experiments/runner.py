@@ -1,0 +1,191 @@
+"""Run a study in batch: every cell through papermill, each in a process of its own, then the whole at once.
+
+    runs/STUDY/SCALE/cells/CELL/      the executed notebook of one cell, with its parameters and result
+    runs/STUDY/SCALE/runs/            the training runs, which the cells share
+    runs/STUDY/SCALE/                 table.csv, figure.png and .svg, result.json, notebook.ipynb: all cells together
+
+A cell's folder has its name only when it is whole; until then, or if it failed, it is CELL.unfinished.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import nbformat
+import psutil
+import yaml
+from tqdm import tqdm
+
+from .study import NOTEBOOKS, Cell, Mistake, Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    cell: Cell
+    seconds: float
+    error: str | None  # None: it went well
+
+
+class Runner:
+    """Executes a study's notebook for cells.
+
+    Args:
+        study: its notebook is executed.
+        folder: of the study at this scale.
+        minutes: a cell that takes longer is stopped and tried once more.
+        jobs: cells at the same time; they share the cores.
+    """
+
+    def __init__(self, study: Study, folder: Path, minutes: float, jobs: int = 1):
+        self.study, self.folder, self.minutes, self.jobs = study, folder.resolve(), minutes, jobs
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+
+    def done(self, cell: Cell) -> bool:
+        """Whether a cell is there already, with these parameters. Raises Mistake if it is there with others."""
+        path = self._folder(cell) / "parameters.yaml"
+        if not path.exists():
+            return False
+        was = yaml.safe_load(path.read_text())
+        now = self._parameters(cell, self._folder(cell), False)
+        was, now = ({name: value for name, value in each.items() if name != "results"} for each in (was, now))
+        changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+        if changed:
+            raise Mistake(
+                f"{self.folder} holds this study with other parameters: {'; '.join(changed)}. "
+                "Take another folder (--runs), or remove that one"
+            )
+        return True
+
+    def run(self, cells: list[Cell]) -> list[Outcome]:
+        """Execute what is not done yet; a cell that fails or hangs is told, and the others go on."""
+        left = [cell for cell in cells if not self.done(cell)]
+        if len(left) < len(cells):
+            tqdm.write(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
+        outcomes = []
+        bar = tqdm(total=len(left), desc=self.study.name, unit="cell", disable=not left)
+        with ThreadPoolExecutor(self.jobs) as pool, bar:
+            waiting = [pool.submit(self._run_cell, cell) for cell in left]
+            try:
+                for future in as_completed(waiting):
+                    outcome = future.result()
+                    outcomes.append(outcome)
+                    tqdm.write(f"{outcome.cell.name}: {outcome.error or f'done in {outcome.seconds:.0f} s'}")
+                    bar.update()
+            except BaseException:  # Ctrl-C: nothing that still runs may stay behind
+                self._stopped.set()
+                for future in waiting:
+                    future.cancel()
+                for process in list(self._running):
+                    _kill(process)
+                raise
+        return outcomes
+
+    def gather(self, everything: Cell) -> Outcome:
+        """Execute the notebook once more with all values, over the runs that have finished: table and figure."""
+        unfinished = self.folder / "all.unfinished"
+        outcome = self._execute(everything, unfinished, draw_only=True)
+        if outcome.error is None:
+            for path in unfinished.iterdir():
+                os.replace(path, self.folder / path.name)
+            unfinished.rmdir()
+        return outcome
+
+    def _run_cell(self, cell: Cell) -> Outcome:
+        folder = self._folder(cell)
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        outcome = self._execute(cell, unfinished)
+        if outcome.error is None:
+            os.replace(unfinished, folder)
+        return outcome
+
+    def _execute(self, cell: Cell, folder: Path, draw_only: bool = False) -> Outcome:
+        started = monotonic()
+        for attempt in (1, 2):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            values = self._parameters(cell, folder, draw_only)
+            (folder / "parameters.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+            code = self._papermill(folder)
+            if code is not None:
+                break
+            error = f"stopped after {self.minutes:g} minutes, {'once' if attempt == 1 else 'twice'}"
+        if code is not None:
+            error = None if code == 0 else _what_went_wrong(folder)
+        if error is not None:
+            error = f"{error} (see {folder / 'log.txt'})"
+        return Outcome(cell, monotonic() - started, error)
+
+    def _papermill(self, folder: Path) -> int | None:
+        """The exit status; None if time ran out."""
+        command = [sys.executable, "-m", "papermill", str(self.study.notebook), str(folder / "notebook.ipynb")]
+        command += [
+            "-f",
+            str(folder / "parameters.yaml"),
+            "--cwd",
+            str(NOTEBOOKS),
+            "-k",
+            "python3",
+            "--no-progress-bar",
+        ]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        with (folder / "log.txt").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+            )
+            self._running.add(process)
+            try:
+                if self._stopped.is_set():
+                    _kill(process)
+                return process.wait(self.minutes * 60)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                return None
+            finally:
+                self._running.discard(process)
+
+    def _parameters(self, cell: Cell, folder: Path, draw_only: bool) -> dict:
+        managed = {"runs": str(self.folder / "runs"), "results": str(folder), "draw_only": draw_only}
+        return cell.parameters | managed
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The process and what it started: the notebook's kernel runs in a session of its own."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def _what_went_wrong(folder: Path) -> str:
+    """One line: the error that the notebook raised, or the last that papermill said."""
+    path = folder / "notebook.ipynb"
+    if path.exists():
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if output["output_type"] == "error":
+                    return f"{output['ename']}: {' '.join(output['evalue'].split())}"
+    lines = (folder / "log.txt").read_text().strip().splitlines()
+    return lines[-1] if lines else "papermill said nothing"
