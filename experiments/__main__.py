@@ -25,6 +25,8 @@ def main() -> None:
         if arguments.study is None:
             print(_overview())
             return
+        if arguments.jobs < 1:
+            raise Mistake(f"--jobs is at least 1; got {arguments.jobs}")
         study, scale = Study.load(arguments.study), Scale.load(arguments.scale)
         folder = Path(arguments.runs) / study.name / scale.name
         if arguments.estimate:

@@ -136,7 +136,7 @@ class Runner:
             "python3",
             "--no-progress-bar",
         ]
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         with (folder / "log.txt").open("w") as log:
             process = subprocess.Popen(
                 command,

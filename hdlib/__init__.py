@@ -10,7 +10,17 @@ from .losses import DistillationLoss, LossTerms
 from .masking import Masks
 from .models import forward, load_teacher
 from .narrowing import narrow
-from .plots import plot_arms, plot_coupling, plot_discrepancy, plot_ends, plot_layers, plot_losses
+from .plots import (
+    plot_arms,
+    plot_coupling,
+    plot_discrepancy,
+    plot_ends,
+    plot_ladder,
+    plot_layers,
+    plot_losses,
+    plot_overlap,
+    plot_prunes,
+)
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
 from .scorers import scorer
@@ -47,8 +57,11 @@ __all__ = [
     "plot_coupling",
     "plot_discrepancy",
     "plot_ends",
+    "plot_ladder",
     "plot_layers",
     "plot_losses",
+    "plot_overlap",
+    "plot_prunes",
     "save_result",
     "scorer",
     "width_groups",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 from filelock import FileLock
@@ -163,23 +164,36 @@ def compare(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataF
 
 
 def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFrame:
-    """How much the neurons agree that runs have kept: the share of one run's that the other has too.
+    """How much arms agree about which neurons stay: the share of one run's neurons that the other kept too.
 
     Args:
-        runs: of students that ended with the same widths.
+        runs: of students that ended with the same widths, each the teacher's copy at first.
         group: the end of a group's name: "hidden", "ffn", "query_key", "value_output"; the mean over layers.
 
     Returns:
-        A square table over (arm, seed), 1 on the diagonal. Two random choices agree in the kept fraction.
+        A square table over arms, the mean over all pairs of different runs; on the diagonal the seeds of one arm
+        (missing if there is only one). Two random choices agree in the kept fraction.
     """
-    sets = {}
-    for arm, each in runs.items():
-        for run in each:
-            kept = {name: set(neurons) for name, neurons in run.kept.items() if name.rpartition(".")[2] == group}
-            sets[arm, run.arguments["config"]["seed"]] = kept
-    shares = {one: {other: _shared(sets[one], sets[other]) for other in sets} for one in sets}
-    return pd.DataFrame(shares).sort_index(level=0, sort_remaining=False)
+    kept = {arm: [_neurons(run, group) for run in each] for arm, each in runs.items()}
+    pairs = {
+        one: {
+            other: [_shared(ours, theirs) for ours in kept[one] for theirs in kept[other] if ours is not theirs]
+            for other in kept
+        }
+        for one in kept
+    }
+    means = {
+        one: {other: mean(shares) if shares else None for other, shares in row.items()} for one, row in pairs.items()
+    }
+    return pd.DataFrame.from_dict(means, orient="index", columns=list(kept), dtype=float)
 
 
-def _shared(one: dict[str, set], other: dict[str, set]) -> float:
-    return sum(len(one[name] & other[name]) / len(one[name]) for name in one) / len(one)
+def _neurons(run: Run, group: str) -> dict[str, set[int]]:
+    kept = {name: set(neurons) for name, neurons in run.kept.items() if name.rpartition(".")[2] == group}
+    if not kept:
+        raise ValueError(f"{run.folder} has no neurons of a group {group!r}; it has: {', '.join(run.kept)}")
+    return kept
+
+
+def _shared(one: dict[str, set[int]], other: dict[str, set[int]]) -> float:
+    return mean(len(one[name] & other[name]) / len(one[name]) for name in one)

@@ -53,7 +53,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     mask_probability: float = 0.15  # share of the tokens that is to be predicted
     precision: str = "float32"  # of matrix products: float32 or bfloat16; weights are float32 always
-    seed: int = 0  # of order and masks
+    seed: int = 0  # of order and masks, and of random weights and scores
 
     eval_every: int = 50  # steps from one held-out measure to the next
     eval_blocks: int = 64  # held-out blocks measured
@@ -165,6 +165,9 @@ class DistillConfig:
     def loss_options(self) -> dict:
         names = (*TERMS, "temperature", "attention_target", "positions")
         return {name: getattr(self, name) for name in names}
+
+    def scorer_options(self) -> dict:
+        return {"smoothing": self.smoothing} | ({"seed": self.seed} if self.scorer == "random" else {})
 
     def to_dict(self) -> dict:
         """Plain values, as JSON and YAML hold them; `DistillConfig(**d)` makes the same config again."""

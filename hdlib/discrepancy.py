@@ -39,7 +39,9 @@ def discrepancy(
         accuracy, teacher_accuracy: share of them guessed right.
         hidden: mean squared difference between the teacher's hidden states and the best linear map of the
             student's (least squares over these tokens, so that any two widths compare), mean over
-            layers and elements; 0.0 if identical, to rounding. hidden_1 to hidden_L: the same of each layer.
+            layers and elements; 0.0 if identical, to rounding.
+        hidden_1 to hidden_L: the same error of each layer, as a share of its states' mean square, so that layers
+            compare; in [0, 1].
         attention_1 to attention_L: KL(teacher || student) of what a token attends to, nats, mean over heads and
             tokens; 0.0 if identical. Left out where the student has fewer heads and nobody says which.
 
@@ -73,7 +75,8 @@ def discrepancy(
         raise ValueError("the held-out blocks have no labelled position: pass the validation blocks of load_corpus")
     means = {name: float(value) / (tokens if "attention" in name else positions) for name, value in sums.items()}
     residuals = [fit.residual() for fit in fits]
-    by_layer = {f"hidden_{layer}": residual for layer, residual in enumerate(residuals, 1)}
+    shares = [residual / fit.mean_square for residual, fit in zip(residuals, fits, strict=True)]
+    by_layer = {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
     return means | {"hidden": sum(residuals) / len(residuals)} | by_layer
 
 
@@ -116,6 +119,10 @@ class _LinearFit:
         self.targets = self.targets + targets.square().sum()
         self.elements += targets.numel()
 
+    @property
+    def mean_square(self) -> float:
+        return float(self.targets) / self.elements
+
     def residual(self) -> float:
         """Mean squared error that the best linear map leaves; not a number if a state was not finite."""
         if not torch.isfinite(self.inner).all():
@@ -123,5 +130,5 @@ class _LinearFit:
         inner, cross = self.inner.cpu(), self.cross.cpu()  # this driver, which bears rank deficiency, is the CPU's
         weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt)
         explained = (weights * cross).sum()
-        left = (float(self.targets) - float(explained)) / self.elements
+        left = self.mean_square - float(explained) / self.elements
         return 0.0 if left < 0 else left  # rounding can leave a little less than nothing

@@ -175,7 +175,7 @@ class _Training:
         copied = config.initial == "teacher"
         student = student_of(teacher) if copied else random_student(teacher, target, config.seed)
         loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
-        return cls(student, loss, scorer(config.scorer, smoothing=config.smoothing), config)
+        return cls(student, loss, scorer(config.scorer, **config.scorer_options()), config)
 
     @classmethod
     def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
@@ -183,7 +183,7 @@ class _Training:
         student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
         loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
         loss.load_state_dict(state["loss"])
-        importance = scorer(config.scorer, smoothing=config.smoothing)
+        importance = scorer(config.scorer, **config.scorer_options())
         importance.load_state_dict(state["importance"])
         training = cls(student.requires_grad_(True).eval(), loss, importance, config)
         training.optimizer.load_state_dict(state["optimizer"])

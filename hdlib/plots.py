@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +37,11 @@ MEASURES = {
     "held_out_mlm": "language-model loss\nnats per predicted word, held out",
     "held_out_accuracy": "words guessed right\nshare of predicted words, held out",
     "held_out_hidden": "hidden states, best linear map\nmean squared error, held out",
+}
+COSTS = {
+    "encoder_parameters": "parameters of the layers",
+    "encoder_gflops": "GFLOP, one forward of the layers",
+    "latency": "milliseconds, one forward",
 }
 LABELS = {
     "mlm": "words (language model)",
@@ -136,6 +142,7 @@ def plot_arms(
         axes.fill_between(places, curves.min(axis=1), curves.max(axis=1), color=colour, alpha=0.15, linewidth=0)
     _finish(axes, MEASURES.get(measure, measure))
     axes.set_xlabel("step" if x == "step" else "seconds of training")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=x == "step"))
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     if axes.lines:
@@ -181,7 +188,7 @@ def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Fig
 
     Args:
         run: finished or not.
-        what: "hidden" (mean squared error of the best linear map) or "attention" (KL of what is attended to).
+        what: "hidden" (what the best linear map leaves of the states) or "attention" (KL of what is attended to).
         axes: where to draw; a new figure if None.
     """
     axes = axes or plt.subplots(figsize=(7, 2.6), layout="constrained")[1]
@@ -189,10 +196,84 @@ def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Fig
     layers = np.arange(1, columns.shape[1] + 1)
     shades = axes.pcolormesh(columns.index, layers, columns.to_numpy().T, cmap="cividis", shading="nearest")
     axes.set_yticks(layers)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("layer")
-    unit = {"hidden": "mean squared error", "attention": "nats per token"}[what]
+    unit = {"hidden": "share of the mean square", "attention": "nats per token"}[what]
     axes.figure.colorbar(shades, ax=axes, label=unit)
+    return axes.figure
+
+
+def plot_prunes(run: Run, axes: Axes | None = None) -> Figure:
+    """What every prune does to the discrepancy, and what training makes good until the next one.
+
+    Args:
+        run: one with `eval_prunes`, measured just before and just after every prune.
+        axes: where to draw; a new figure if None.
+
+    Raises:
+        ValueError: the run was not measured around its prunes.
+    """
+    if "before_prune_kl" not in run.metrics:
+        raise ValueError(f"{run.folder} was not measured around its prunes: set eval_prunes=True in its config")
+    axes = axes or plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    measured = run.metrics.dropna(subset=["held_out_kl"])
+    before = measured["before_prune_kl"].dropna()
+    after = measured["held_out_kl"]
+    axes.vlines(before.index, before, after[before.index], color=COLOURS["orange"], linewidth=1.5, label="a prune")
+    starts = [0, *before.index]
+    for number, (start, end) in enumerate(zip(starts, [*before.index, measured.index[-1]], strict=True)):
+        between = after.loc[start:end].copy()
+        if end in before:
+            between.loc[end] = before[end]
+        label = None if number else "training between two"
+        axes.plot(between.index, between, color=COLOURS["blue"], linestyle="--", linewidth=1, label=label)
+    _finish(axes, MEASURES["held_out_kl"])
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize="small")
+    return axes.figure
+
+
+def plot_overlap(shares: pd.DataFrame, axes: Axes | None = None) -> Figure:
+    """How much arms agree about which neurons stay, as shades with numbers; `shares` as `hdlib.overlap` returns it."""
+    size = 1.2 + 0.7 * len(shares)
+    axes = axes or plt.subplots(figsize=(size + 1.5, size), layout="constrained")[1]
+    shades = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    labels = [words(arm) for arm in shares]
+    axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    for (row, column), share in np.ndenumerate(shares.to_numpy()):
+        if np.isfinite(share):
+            colour = "black" if share > 0.6 else "white"
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize="small")
+    axes.figure.colorbar(shades, ax=axes, label="share of neurons kept by both")
+    return axes.figure
+
+
+def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | None = None) -> Figure:
+    """One measure against a cost, an arm a line, a point for each seed.
+
+    Args:
+        table: of runs, with the columns `arm`, `x` and `measure`.
+        x: the column of the cost, drawn on a logarithmic axis.
+        measure: a column of `hdlib.final_table`.
+        axes: where to draw; a new figure if None.
+    """
+    axes = axes or plt.subplots(figsize=(5, 3.6), layout="constrained")[1]
+    for (arm, rows), colour, style, marker in zip(
+        table.groupby("arm", sort=False), _cycle(COLOURS.values()), _cycle(STYLES), _cycle(MARKERS), strict=False
+    ):
+        line = rows.groupby(x)[measure].mean()
+        axes.plot(line.index, line, color=colour, linestyle=style, label=words(arm))
+        axes.plot(rows[x], rows[measure], marker, color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
+    _finish(axes, MEASURES.get(f"held_out_{measure}", measure))
+    axes.set_xscale("log")
+    rungs = sorted(table[x].unique())
+    axes.set_xticks(rungs, [f"{rung / 1e6:.2g} M" if rung >= 1e5 else f"{rung:.2g}" for rung in rungs])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(COSTS.get(x, x))
     return axes.figure
 
 

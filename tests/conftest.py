@@ -26,6 +26,13 @@ settings.register_profile("ci", max_examples=200, derandomize=True, **_CALM)
 settings.register_profile("long", max_examples=10_000, **_CALM)
 settings.load_profile("ci")
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rewrite-golden", action="store_true", help="take what the notebooks find now for what they should find"
+    )
+
+
 WORDS = ["a", "quick", "student", "teacher", "neuron", "layer", "width", "loss", "step", "keeps", "learns", "slow"]
 
 

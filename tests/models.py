@@ -209,7 +209,8 @@ def models_and_widths(draw, least_hidden=1):
     embedding = {"electra": "embedding_size", "opt": "word_embed_proj_dim"}.get(model.config.model_type)
     avoided = getattr(model.config, embedding) if embedding else wide.hidden
     while hidden < least_hidden or hidden == avoided != wide.hidden:
-        heads, head_dim = (wide.heads, wide.head_dim) if hidden < least_hidden else (heads, head_dim + 1)
+        widest = hidden < least_hidden or head_dim == wide.head_dim
+        heads, head_dim = (wide.heads, wide.head_dim) if widest else (heads, head_dim + 1)
         hidden = heads * head_dim
     ffn = draw(st.integers(1, wide.ffn))
     return name, model, Widths(hidden=hidden, ffn=ffn, head_dim=head_dim, heads=heads)

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hdlib.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GOLDEN = ROOT / "tests" / "golden"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -59,26 +61,76 @@ def test_notebooks_are_functions_without_outputs():
         assert not any(re.search(r"^\s*class ", cell.source, re.M) for cell in cells), path.name
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_at_smoke_scale(path, tmp_path):
-    executed = tmp_path / path.name
+def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
+    """A notebook's result and the outputs of its cells."""
+    folder.mkdir(exist_ok=True)
+    executed = folder / path.name
     papermill.execute_notebook(
-        path, executed, parameters={"runs": str(tmp_path)}, cwd=path.parent, progress_bar=False, kernel_name="python3"
+        path, executed, parameters=parameters, cwd=NOTEBOOKS[0].parent, progress_bar=False, kernel_name="python3"
     )
-    (result,) = tmp_path.rglob("result.json")
+    (result,) = folder.rglob("result.json")
     outputs = [o for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for o in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "a figure"
     assert not [o.text for o in outputs if o.get("name") == "stderr" and "Warning" in o.text], "no warnings"
-    result = json.loads(result.read_text())
-    if path.stem == "03_narrowing":
-        assert result["largest_difference"] <= 1e-5 and result["toy_difference"] <= 1e-6
-        assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005
-        assert result["families"] == len(FAMILIES)
-        assert result["kl_sensitivity"] < result["kl_magnitude"] < result["kl_random"]
+    return json.loads(result.read_text()), outputs
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem < "10"], ids=lambda path: path.stem)
+def test_teaching_notebooks_run_with_their_defaults(path, tmp_path):
+    result, _ = execute(path, tmp_path, runs=str(tmp_path))
     if path.stem == "00_quickstart":
         assert result["encoder_parameters_ratio"] <= 0.15
         assert result["largest_logit_difference_stock"] <= 1e-5
         assert 0 < result["held_out_kl"] < 10 and result["step_time_ratio_after_last_prune"] < 1
+    elif path.stem == "03_narrowing":
+        assert result["largest_difference"] <= 1e-5 and result["toy_difference"] <= 1e-6
+        assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005
+        assert result["families"] == len(FAMILIES)
+        assert result["kl_sensitivity"] < result["kl_magnitude"] < result["kl_random"]
+    else:
+        assert result["largest_difference"] <= 1e-5, "by hand and by the library"
+
+
+ABLATIONS = [path for path in NOTEBOOKS if "10" <= path.stem < "20"]
+
+
+def ablation(path: Path, folder: Path, text_file: Path, **parameters) -> dict:
+    """The result of an ablation notebook at smoke scale, on text that is the same everywhere."""
+    places = {"corpus": str(text_file), "runs": str(folder / "runs"), "results": str(folder)}
+    result, _ = execute(path, folder, **places, **parameters)
+    assert (folder / "figure.png").stat().st_size > 10_000 and "<svg" in (folder / "figure.svg").read_text()
+    table = pd.read_csv(folder / "table.csv")
+    assert len(table) and table["kl"].between(0, 20).all()
+    assert set(table["seed"]) == {1} and table["highest_kl"].ge(table["kl"]).all()
+    return result
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_ablation_notebooks_find_what_they_found(path, tmp_path, text_file, request):
+    """Golden numbers: training at smoke scale ends where it ended before. `--rewrite-golden` takes new ones."""
+    result = ablation(path, tmp_path, text_file)
+    found = {name: value for name, value in result.items() if not name.startswith(("seconds", "difference"))}
+    golden = GOLDEN / f"{path.stem}.json"
+    if request.config.getoption("--rewrite-golden"):
+        golden.write_text(json.dumps(found, indent=2) + "\n")
+    assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
+
+
+BREAKS = {
+    "scorer": "hdlib.scorers.Sensitivity.element = lambda self, parameter, gradient: (parameter - gradient).abs()",
+    "loss": "hdlib.losses.prediction_loss.__globals__['F'].kl_div = lambda *logs, **options: logs[0].sum() * 0.0",
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_golden_numbers_turn_red_when_the_library_is_broken(broken, tmp_path, text_file):
+    path = next(path for path in ABLATIONS if path.stem.startswith("10"))
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(f"import hdlib\n\n{BREAKS[broken]}"))
+    nbformat.write(notebook, tmp_path / "broken.ipynb")
+    found = ablation(tmp_path / "broken.ipynb", tmp_path / "out", text_file, arms=["homodistil"])
+    golden = json.loads((GOLDEN / f"{path.stem}.json").read_text())["kl_homodistil"]
+    assert found["kl_homodistil"] != pytest.approx(golden, rel=1e-2)
 
 
 def test_the_embedded_teacher_is_what_its_card_says():

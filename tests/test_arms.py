@@ -1,0 +1,320 @@
+"""Arms of a study: random starts, what was kept, measures around prunes, runs that are shared and compared."""
+
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import hdlib
+import hdlib.loop
+from hdlib import Bench, DistillConfig, Widths
+from hdlib.losses import TERMS
+from hdlib.runs import Run
+
+from conftest import random_bert
+from test_loop import ARGUMENTS
+
+MLM_ONLY = dict.fromkeys(TERMS[1:], 0.0)
+STILL = {"learning_rate": 1e-30}  # nothing is learned, so what changes is what was pruned
+
+
+@pytest.fixture
+def bench(teacher, tokenizer, blocks, tmp_path):
+    return Bench(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS | {"steps": 8, "eval_every": 4}), tmp_path)
+
+
+def distilled(teacher, tokenizer, blocks, folder, **changes) -> Run:
+    return hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS | changes), folder)
+
+
+def test_a_random_student_has_the_target_shape_and_never_was_the_teacher(teacher, tokenizer, blocks, tmp_path):
+    run = distilled(teacher, tokenizer, blocks, tmp_path / "a", steps=6, initial="random", **STILL)
+    again = distilled(teacher, tokenizer, blocks, tmp_path / "b", steps=6, initial="random", **STILL)
+    other = distilled(teacher, tokenizer, blocks, tmp_path / "c", steps=6, initial="random", seed=1, **STILL)
+    target = Widths.at(teacher, 0.5)
+    assert (run.metrics["hidden_size"] == target.hidden).all() and Widths.of(run.student()[0]) == target
+    assert run.metrics.loc[0, "held_out_kl"] > 0.01 and run.metrics.loc[1, "hidden"] > 0
+    weights = [each.student()[0].bert.encoder.layer[0].output.dense.weight for each in (run, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], teacher.bert.encoder.layer[0].output.dense.weight[:12, :28])
+    with pytest.raises(FileNotFoundError, match="random weights"):
+        _ = run.kept
+
+
+def test_a_random_student_resumes_as_it_was(teacher, tokenizer, blocks, tmp_path):
+    changes = {"steps": 8, "initial": "random", "checkpoint_every": 3}
+    whole = distilled(teacher, tokenizer, blocks, tmp_path / "whole", **changes)
+
+    def kill(record):
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    config = DistillConfig(**ARGUMENTS | changes)
+    with pytest.raises(KeyboardInterrupt):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
+    resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
+    for ours, theirs in zip(resumed.student()[0].parameters(), whole.student()[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_random_weights_under_masks_are_refused():
+    with pytest.raises(ValueError, match="initial='random'"):
+        DistillConfig(initial="random", masked=True)
+
+
+def test_without_distillation_nobody_looks_at_the_teacher(teacher, tokenizer, blocks, tmp_path, monkeypatch):
+    seen = []
+    forward = hdlib.loop.forward
+    monkeypatch.setattr(hdlib.loop, "forward", lambda model, *rest: seen.append(model) or forward(model, *rest))
+    run = distilled(teacher, tokenizer, blocks, tmp_path / "mlm", steps=4, **MLM_ONLY)
+    assert len(seen) == 4 and not any(model is teacher for model in seen)
+    assert run.metrics["mlm"].iloc[1:].equals(run.metrics["total"].iloc[1:])
+    distilled(teacher, tokenizer, blocks, tmp_path / "all", steps=4)
+    assert sum(model is teacher for model in seen) == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_says_which_neurons_it_kept(teacher, tokenizer, blocks, tmp_path, masked):
+    """A student that learned nothing holds exactly those rows and columns of its teacher."""
+    run = distilled(teacher, tokenizer, blocks, tmp_path, masked=masked, checkpoint_every=7, **STILL)
+    kept, student = run.kept, run.student()[0]
+    assert {len(kept["hidden"]), len(set(kept["hidden"]))} == {12}
+    theirs, ours = teacher.bert, student.bert
+    words = theirs.embeddings.word_embeddings.weight[:, kept["hidden"]]
+    assert torch.equal(ours.embeddings.word_embeddings.weight, words)
+    for layer in range(len(theirs.encoder.layer)):
+        wide = theirs.encoder.layer[layer].intermediate.dense.weight
+        rows = wide[kept[f"layer.{layer}.ffn"]][:, kept["hidden"]]
+        assert torch.equal(ours.encoder.layer[layer].intermediate.dense.weight, rows)
+        value = theirs.encoder.layer[layer].attention.self.value.weight
+        rows = value[kept[f"layer.{layer}.value_output"]][:, kept["hidden"]]
+        assert torch.equal(ours.encoder.layer[layer].attention.self.value.weight, rows)
+
+
+def test_kept_neurons_survive_a_resume(teacher, tokenizer, blocks, tmp_path):
+    whole = distilled(teacher, tokenizer, blocks, tmp_path / "whole")
+
+    def kill(record):
+        if record["step"] == 13:
+            raise KeyboardInterrupt
+
+    config = DistillConfig(**ARGUMENTS)
+    with pytest.raises(KeyboardInterrupt):
+        hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        _ = Run.load(tmp_path / "killed").kept
+    assert hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True).kept == whole.kept
+
+
+def test_measures_around_prunes(teacher, tokenizer, blocks, tmp_path):
+    """Where nothing is learned, the discrepancy before a prune is the one after the last prune."""
+    metrics = distilled(teacher, tokenizer, blocks, tmp_path, eval_prunes=True, eval_every=100, **STILL).metrics
+    pruned = metrics.index[metrics["hidden_size"].diff().lt(0) | metrics["intermediate_size"].diff().lt(0)]
+    before, after = metrics["before_prune_kl"].dropna(), metrics["held_out_kl"].dropna()
+    assert len(pruned) > 4 and list(before.index) == list(pruned)
+    assert list(after.index) == [0, *pruned, 24]
+    assert before.tolist() == pytest.approx([0.0, *after.loc[pruned].iloc[:-1]], rel=1e-5, abs=1e-9)
+    assert after.loc[pruned].iloc[-1] > 0
+    figure = hdlib.plot_prunes(Run.load(tmp_path))
+    assert len(figure.axes[0].collections[0].get_segments()) == len(pruned)
+
+
+def test_prunes_that_were_not_measured_cannot_be_drawn(teacher, tokenizer, blocks, tmp_path):
+    run = distilled(teacher, tokenizer, blocks, tmp_path, steps=4)
+    with pytest.raises(ValueError, match="eval_prunes=True"):
+        hdlib.plot_prunes(run)
+
+
+def test_layers_against_numpy(tokenizer, blocks):
+    """By layer: what the best linear map leaves of the states, and KL of the attention of paired heads."""
+    teacher = random_bert(vocabulary=len(tokenizer))
+    student = random_bert(vocabulary=len(tokenizer), heads=2, ffn=9, seed=3)
+    heads = torch.tensor([[0, 2], [3, 1]])
+    held_out = blocks[1].take(21)
+    measured = hdlib.discrepancy(student, teacher, held_out, batch_size=4, heads=heads)
+    without = hdlib.discrepancy(student, teacher, held_out, batch_size=4)
+    assert "attention_1" not in without and without["hidden_2"] == measured["hidden_2"]
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    input_ids = torch.tensor(held_out["input_ids"])
+    with torch.no_grad():
+        ours, theirs = (
+            model(input_ids, output_hidden_states=True, output_attentions=True) for model in (student, teacher)
+        )
+    for layer in range(2):
+        x, y = (o.hidden_states[layer + 1].flatten(0, 1).double().numpy() for o in (ours, theirs))
+        left = ((x @ np.linalg.lstsq(x, y, rcond=None)[0] - y) ** 2).mean() / (y**2).mean()
+        assert measured[f"hidden_{layer + 1}"] == pytest.approx(left, rel=1e-4)
+        q = ours.attentions[layer].double().numpy()
+        p = theirs.attentions[layer][:, heads[layer]].double().numpy()
+        assert measured[f"attention_{layer + 1}"] == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-3)
+
+
+def test_identical_layers_do_not_differ(teacher, blocks):
+    measured = hdlib.discrepancy(hdlib.models.student_of(teacher), teacher, blocks[1].take(8))
+    assert measured["attention_1"] == measured["attention_2"] == 0.0 and measured["hidden_2"] < 1e-9
+
+
+def test_arms_are_trained_once_and_moved_when_they_are_whole(bench, tmp_path):
+    arms = {"slow": {}, "at_once": {"schedule": "one_shot"}}
+    trained = bench.distill(arms, [1, 2])
+    assert {arm: [run.arguments["config"]["seed"] for run in runs] for arm, runs in trained.items()} == {
+        "slow": [1, 2],
+        "at_once": [1, 2],
+    }
+    assert trained["at_once"][0].arguments["config"]["schedule"] == "one_shot"
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == ["at_once-seed-1", "at_once-seed-2", "slow-seed-1", "slow-seed-2", "unfinished"]
+    assert not [path for path in (tmp_path / "unfinished").iterdir() if path.is_dir()]
+    before = (tmp_path / "slow-seed-1" / "metrics.jsonl").stat().st_mtime_ns
+    again = bench.distill(arms, [1, 2])
+    assert (tmp_path / "slow-seed-1" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert again["slow"][0].metrics.equals(trained["slow"][0].metrics)
+
+
+def test_an_interrupted_arm_goes_on(bench, monkeypatch, tmp_path):
+    whole = Bench(**vars(bench) | {"folder": tmp_path / "whole"}).distill({"slow": {}}, [1])["slow"][0]
+    log = Run.log
+
+    def killed(self, record):
+        log(self, record)
+        if record["step"] == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Run, "log", killed)
+        bench.distill({"slow": {}}, [1])
+    assert not (tmp_path / "slow-seed-1").exists()
+    (resumed,) = bench.distill({"slow": {}}, [1])["slow"]
+    clocks = ["seconds", "elapsed"]
+    assert resumed.metrics.drop(columns=clocks).equals(whole.metrics.drop(columns=clocks))
+
+
+def test_drawing_only_trains_nothing(bench):
+    bench.distill({"slow": {}}, [1])
+    drawing = Bench(**vars(bench) | {"draw_only": True})
+    trained = drawing.distill({"slow": {}, "at_once": {"schedule": "one_shot"}}, [1, 2])
+    assert list(trained) == ["slow"] and len(trained["slow"]) == 1
+
+
+def test_a_run_with_other_arguments_is_not_taken_for_this_one(bench):
+    bench.distill({"slow": {}}, [1])
+    with pytest.raises(ValueError, match=r"slow-seed-1 holds a run with other arguments: schedule was cubic"):
+        bench.distill({"slow": {"schedule": "linear"}}, [1])
+
+
+def test_two_who_ask_for_the_same_run_train_it_once(bench, monkeypatch):
+    started, distill = [], hdlib.arms.distill
+
+    def counted(*arguments, **options):
+        started.append(arguments[5])
+        return distill(*arguments, **options)
+
+    monkeypatch.setattr(hdlib.arms, "distill", counted)
+    threads = [threading.Thread(target=bench.distill, args=({"slow": {}}, [1])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(started) == 1 and bench.distill({"slow": {}}, [1])["slow"][0].finished
+
+
+def test_every_arm_gets_the_learning_rate_that_was_best_on_the_tuning_seed(bench):
+    rates = [1e-30, 3e-3]
+    tuned = bench.tune({"slow": {}, "at_once": {"schedule": "one_shot"}}, rates, seed=0)
+    for arm, changes in tuned.items():
+        ends = [
+            Run.load(bench.folder / f"{arm}-rate-{rate:g}-seed-0").metrics["held_out_kl"].iloc[-1] for rate in rates
+        ]
+        assert ends[0] != ends[1] and changes["learning_rate"] == rates[int(np.argmin(ends))]
+    assert tuned["at_once"]["schedule"] == "one_shot"
+    assert bench.tune({"slow": {}}, [5e-4], seed=0) == {"slow": {"learning_rate": 5e-4}}
+    assert not (bench.folder / "slow-rate-0.0005-seed-0").exists(), "one rate needs no trial"
+
+
+def test_an_arm_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="there is no arm 'slwo'; there are: slow, at_once"):
+        hdlib.pick({"slow": {}, "at_once": {}}, ["slwo"])
+
+
+def test_the_table_says_how_runs_ended(bench):
+    trained = bench.distill({"slow": {}, "wide": {"scope": "global"}}, [1])
+    table = hdlib.final_table(trained).set_index("arm")
+    metrics = trained["slow"][0].metrics
+    row = table.loc["slow"]
+    assert row["kl"] == metrics["held_out_kl"].iloc[-1] and row["highest_kl"] == metrics["held_out_kl"].max()
+    assert row["seconds"] == pytest.approx(metrics["seconds"].iloc[1:].sum())
+    assert (row["seed"], row["steps"], row["hidden_size"], row["intermediate_size"]) == (1, 8, 12, 28)
+    student = trained["slow"][0].student()[0]
+    assert row["encoder_parameters"] == hdlib.cost.parameters(student)["encoder"]
+    assert np.isnan(table.loc["wide", "encoder_parameters"]), "no student of one shape"
+
+
+def test_comparison_by_hand():
+    rows = [("a", 1, 2.0), ("a", 2, 3.0), ("b", 1, 2.5), ("b", 2, 2.9), ("b", 3, 9.0)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "kl"])
+    compared = hdlib.compare(table, "a")
+    b = compared.loc["b"]
+    assert b["seeds"] == 3 and b["mean"] == pytest.approx(4.8) and (b["lowest"], b["highest"]) == (2.5, 9.0)
+    assert b["difference"] == pytest.approx(0.2), "over the seeds that both have"
+    assert (b["lowest difference"], b["highest difference"]) == (pytest.approx(-0.1), pytest.approx(0.5))
+    assert b["worse"] == 0.5 and np.isnan(compared.loc["a", "difference"])
+    assert hdlib.compare(table[table["arm"] == "b"], "a")["difference"].isna().all()
+
+
+def test_overlap_by_hand(tmp_path):
+    runs = {"a": [[0, 1], [1, 2]], "b": [[0, 3]]}
+    trained = {}
+    for arm, each in runs.items():
+        for number, neurons in enumerate(each):
+            run = Run(tmp_path / f"{arm}{number}")
+            run.folder.mkdir()
+            run.save_kept({"hidden": torch.tensor(neurons), "layer.0.ffn": torch.tensor([number])})
+            trained.setdefault(arm, []).append(run)
+    shares = hdlib.overlap(trained, "hidden")
+    assert shares.loc["a", "a"] == 0.5 and shares.loc["a", "b"] == shares.loc["b", "a"] == 0.25
+    assert np.isnan(shares.loc["b", "b"])
+    assert hdlib.overlap(trained, "ffn").loc["a", "b"] == 0.5
+    assert len(hdlib.plot_overlap(shares).axes[0].texts) == 3
+    with pytest.raises(ValueError, match="no neurons of a group 'fnn'"):
+        hdlib.overlap(trained, "fnn")
+
+
+def test_random_scores_follow_the_seed(bench):
+    runs = bench.distill({"chance": {"scorer": "random"}}, [1, 2])["chance"]
+    assert runs[0].kept["hidden"] != runs[1].kept["hidden"]
+
+
+def test_figures_hold_what_was_measured(bench):
+    trained = bench.distill({"slow": {}, "at_once": {"schedule": "one_shot"}}, [1, 2])
+    table = hdlib.final_table(trained)
+    axes = hdlib.plot_arms(trained).axes[0]
+    curves = [run.metrics["held_out_kl"].dropna() for run in trained["slow"]]
+    assert axes.lines[0].get_ydata() == pytest.approx((curves[0] + curves[1]).to_numpy() / 2)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["slow (2)", "at once (2)"]
+    seconds = hdlib.plot_arms(trained, x="seconds").axes[0]
+    assert seconds.lines[0].get_xdata()[-1] == pytest.approx(table.loc[table["arm"] == "slow", "seconds"].mean())
+    ends = hdlib.plot_ends(table, "kl", "slow").axes[0]
+    assert [label.get_text() for label in ends.get_yticklabels()] == ["slow", "at once"]
+    ladder = hdlib.plot_ladder(table, "encoder_parameters").axes[0]
+    assert ladder.get_xscale() == "log" and len(ladder.lines) == 4
+    layers = hdlib.plot_layers(trained["slow"][0], "attention").axes[0]
+    assert layers.collections[0].get_array().shape == (2, 3)
+
+
+def test_flops_are_those_of_the_published_shape():
+    """BERT-base, 128 tokens: 12 layers of 24 D^2 S + 4 S^2 D."""
+    from transformers import BertConfig
+
+    expected = 12 * (24 * 768**2 * 128 + 4 * 128**2 * 768)
+    assert hdlib.cost.flops(BertConfig(), 128) == pytest.approx(expected, rel=1e-3)
+    assert hdlib.cost.encoder_parameters(BertConfig()) == 12 * (12 * 768**2 + 13 * 768)
+
+
+def test_flops_of_a_family_whose_forward_needs_values(tokenizer):
+    from models import random_model
+
+    config = random_model("deberta-v2").config
+    assert hdlib.cost.flops(config, 16) > 2 * 16 * hdlib.cost.encoder_parameters(config) * 0.5

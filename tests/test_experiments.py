@@ -1,0 +1,303 @@
+"""The runner on a toy study: grid, failures, hangs, what is done already, Ctrl-C, and mistakes named in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import hdlib
+from experiments import __main__ as command
+from experiments import report, runner, study
+from experiments.study import Mistake, Scale, Study
+
+PARAMETERS = """
+arms: list = ["good", "better"]  # which
+seeds: list = [1]  # of chance
+steps: int = 3  # how many
+rate: float = 1e-3  # how fast
+rates: list = [0.1]  # several
+name: str = "toy"  # what for
+loud: bool = False  # or quiet
+runs: str = "runs"  # where to
+results: str = "results"  # where to
+draw_only: bool = False  # train nothing
+"""
+BODY = """
+import csv, json, pathlib, time
+trained, shared = [], pathlib.Path(runs)
+shared.mkdir(parents=True, exist_ok=True)
+for arm in arms:
+    for seed in seeds:
+        if draw_only and not (shared / f"{arm}-{seed}").exists():
+            continue
+        if not draw_only:
+            print("PATIENCE" if arm == "slow" else "", flush=True)
+            while arm == "slow" and not (shared / "enough").exists():
+                time.sleep(0.1)
+            if arm == "broken":
+                raise ArithmeticError("this arm never works")
+            (shared / f"{arm}-{seed}").write_text("done")
+        trained.append((arm, seed, {"good": 2.0, "better": 1.0}.get(arm, 3.0) + seed / 10))
+folder = pathlib.Path(results)
+with (folder / "table.csv").open("w") as file:
+    csv.writer(file).writerows([("arm", "seed", "kl"), *trained])
+(folder / "figure.png").write_text("a figure")
+(folder / "result.json").write_text(json.dumps({"trained": len(trained)}))
+"""
+STUDY = {
+    "question": "Is better better than good?",
+    "notebook": "90_toy",
+    "grid": {"arms": ["good", "better"]},
+    "seeds": [1, 2],
+    "expectations": [{"claim": "better is better", "measure": "kl", "lower": "better", "higher": "good"}],
+}
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A project of one notebook, one study and one scale; `workshop(study, scale)` changes them."""
+    notebooks, here = tmp_path / "notebooks", tmp_path / "experiments"
+    for folder in (notebooks, here / "studies", here / "scales"):
+        folder.mkdir(parents=True)
+    cells = [new_markdown_cell("# Toy"), new_code_cell(PARAMETERS.strip(), metadata={"tags": ["parameters"]})]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(
+        new_notebook(cells=[*cells, new_code_cell(BODY.strip())], metadata=kernel), notebooks / "90_toy.ipynb"
+    )
+    monkeypatch.setattr(study, "HERE", here)
+    monkeypatch.setattr(study, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(runner, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(report, "estimate", lambda *arguments: "")
+    monkeypatch.chdir(tmp_path)
+
+    def write(changes=None, parameters=None, **scale):
+        (here / "studies" / "toy.yaml").write_text(yaml.safe_dump(STUDY | (changes or {})))
+        values = {"about": "a toy", "minutes": 1, "parameters": parameters or {}} | scale
+        for name in ("smoke", "paper"):
+            (here / "scales" / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        return tmp_path / "runs" / "toy" / "smoke"
+
+    write()
+    return write
+
+
+def run(monkeypatch, *arguments) -> int | str:
+    """The exit status of the command, or what it said instead."""
+    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        command.main()
+    return exit.value.code
+
+
+def test_a_grid_from_a_clean_tree_to_table_and_figure(workshop, monkeypatch, capsys):
+    folder = workshop()
+    assert run(monkeypatch, "toy", "--jobs", "2") == 0
+    names = {f"arms={arm},seeds={seed}" for arm in ("good", "better") for seed in (1, 2)}
+    assert {path.name for path in (folder / "cells").iterdir()} == names
+    one = yaml.safe_load((folder / "cells" / "arms=good,seeds=2" / "parameters.yaml").read_text())
+    assert (one["arms"], one["seeds"], one["steps"], one["draw_only"]) == (["good"], [2], 3, False)
+    assert json.loads((folder / "cells" / "arms=good,seeds=2" / "result.json").read_text()) == {"trained": 1}
+    assert len(pd.read_csv(folder / "table.csv")) == 4 and (folder / "figure.png").exists()
+    (answer,) = json.loads((folder / "answers.json").read_text())
+    assert answer["verdict"] == "holds" and answer["seeds"] == 2 and answer["difference"] == pytest.approx(1.0)
+    assert "better is better: holds (kl +1.000 [+1.000, +1.000], 2 seeds)" in capsys.readouterr().out
+    # Nothing is done twice.
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
+    assert run(monkeypatch, "toy") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(workshop, monkeypatch, capsys):
+    folder = workshop({"grid": {"arms": ["broken", "better"]}, "seeds": [1]})
+    assert run(monkeypatch, "toy") == 1
+    said = capsys.readouterr().out
+    assert "FAILED arms=broken,seeds=1: ArithmeticError: this arm never works (see " in said
+    assert "1 of 2 cells are missing: arms=broken,seeds=1" in said
+    assert {path.name for path in (folder / "cells").iterdir()} == {
+        "arms=broken,seeds=1.unfinished",
+        "arms=better,seeds=1",
+    }
+    assert pd.read_csv(folder / "table.csv")["arm"].tolist() == ["better"], "what there is, is gathered"
+
+
+def test_a_cell_that_hangs_is_stopped_with_its_kernel(workshop, monkeypatch, capsys):
+    folder = workshop({"grid": {"arms": ["slow", "better"]}, "seeds": [1]}, minutes=0.15)
+    assert run(monkeypatch, "toy", "--jobs", "2") == 1
+    said = capsys.readouterr().out
+    assert "FAILED arms=slow,seeds=1: stopped after 0.15 minutes, twice (see " in said
+    assert (folder / "cells" / "arms=better,seeds=1").is_dir()
+    assert not kernels(folder.parents[2]), "its kernel is gone too"
+
+
+def kernels(inside: Path) -> list[psutil.Process]:
+    mine = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command_line, folder = " ".join(process.info["cmdline"] or []), process.info["cwd"] or ""
+        if "ipykernel_launcher" in command_line and str(inside) in folder:
+            mine.append(process)
+    return mine
+
+
+def test_ctrl_c_leaves_whole_cells_only_and_the_next_start_does_the_rest(workshop, monkeypatch, tmp_path):
+    folder = workshop({"grid": {"arms": ["better", "slow"]}, "seeds": [1]})
+    script = f"""
+import sys
+from experiments import __main__ as command, report, runner, study
+study.HERE, study.NOTEBOOKS, runner.NOTEBOOKS = (__import__("pathlib").Path(part) for part in {
+        [str(tmp_path / "experiments"), str(tmp_path / "notebooks"), str(tmp_path / "notebooks")]
+    })
+sys.argv = ["experiments", "toy"]
+command.main()
+"""
+    root = Path(hdlib.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    waiting = folder / "cells" / "arms=slow,seeds=1.unfinished" / "log.txt"
+    for _ in range(600):
+        if (folder / "cells" / "arms=better,seeds=1").is_dir() and waiting.exists() and kernels(tmp_path):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and "stopped: cells that were done stay" in said and "Traceback" not in said
+    assert not kernels(tmp_path)
+    done = (folder / "cells" / "arms=better,seeds=1" / "result.json").stat().st_mtime_ns
+    (folder / "runs" / "enough").write_text("")
+    assert run(monkeypatch, "toy") == 0
+    assert (folder / "cells" / "arms=better,seeds=1" / "result.json").stat().st_mtime_ns == done
+    assert sorted(pd.read_csv(folder / "table.csv")["arm"]) == ["better", "slow"]
+
+
+def test_only_some_cells(workshop, monkeypatch, capsys):
+    folder = workshop()
+    assert run(monkeypatch, "toy", "--only", "arms=good", "seeds=2") == 0
+    assert [path.name for path in (folder / "cells").iterdir()] == ["arms=good,seeds=2"]
+    assert "better is better: not measured" in capsys.readouterr().out
+
+
+def test_a_study_that_is_there_with_other_parameters_is_not_mixed(workshop, monkeypatch):
+    workshop()
+    assert run(monkeypatch, "toy", "--only", "seeds=1") == 0
+    said = run(monkeypatch, "toy", "--set", "steps=4")
+    assert "holds this study with other parameters: steps was 3, is 4" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tyo"], "there is no study 'tyo'; there are: toy"),
+        (["toy", "--scale", "huge"], "there is no scale 'huge'; there are: paper, smoke, or the path of a file"),
+        (["toy", "--set", "stpes=4"], "90_toy.ipynb has no parameter 'stpes'; it has: arms, seeds, steps, rate"),
+        (["toy", "--set", "steps=many"], "steps must be of type int; got 'many'"),
+        (["toy", "--set", "steps=1.5"], "steps must be of type int; got 1.5"),
+        (["toy", "--set", "steps=true"], "steps must be of type int; got True"),
+        (["toy", "--set", "loud=1"], "loud must be of type bool; got 1"),
+        (["toy", "--set", "name=no"], "name must be of type str; got False"),
+        (["toy", "--set", "rate=3e-4"], "rate must be of type float; got '3e-4': YAML takes a number with an exp"),
+        (["toy", "--set", "rates=[3e-4]"], "rates must be a list of float; got '3e-4': YAML takes a number"),
+        (["toy", "--set", "arms=good"], "arms must be of type list; got 'good'"),
+        (["toy", "--set", "arms=[]"], "arms is an empty list"),
+        (["toy", "--set", "runs=here"], "runs is set by the runner: leave it out"),
+        (["toy", "--set", "steps"], "--set takes NAME=VALUE; got 'steps'"),
+        (["toy", "--only", "arms=bad"], "no cell has arms=bad; there are: arms=better, arms=good, seeds=1, seeds=2"),
+        (["toy", "--jobs", "0"], "--jobs is at least 1; got 0"),
+    ],
+)
+def test_mistakes_are_named_in_one_line_before_anything_starts(workshop, monkeypatch, tmp_path, arguments, message):
+    said = run(monkeypatch, *arguments)
+    assert said.startswith(message) and "\n" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"notebook": "91_none"}, "toy.yaml: there is no notebook 91_none.ipynb in notebooks/"),
+        ({"girl": {}}, "toy.yaml: unknown girl; it may have: expectations, grid, notebook, question, seeds"),
+        ({"grid": {"arm": ["good"]}}, "90_toy.ipynb has no parameter 'arm'"),
+        ({"seeds": 3}, "seeds must be of type list; got 3"),
+        ({"expectations": [{"claim": "x"}]}, "toy.yaml: an expectation has claim, measure, lower and higher; got"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(workshop, monkeypatch, changes, message):
+    workshop(changes)
+    assert run(monkeypatch, "toy").startswith(message)
+
+
+def test_mistakes_in_a_scale_are_named(workshop, monkeypatch, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("about: mine\nminutes: 1\nparameters:\n  rate: 3e-4\n")
+    assert run(monkeypatch, "toy", "--scale", str(path)).startswith("rate must be of type float; got '3e-4'")
+    path.write_text("about: mine\nparameters: {}\n")
+    assert run(monkeypatch, "toy", "--scale", str(path)) == "mine.yaml lacks minutes"
+    path.write_text("about: [\n")
+    said = run(monkeypatch, "toy", "--scale", str(path))
+    assert said.startswith("mine.yaml is no YAML: ") and "\n" not in said
+
+
+def test_a_path_stays_one_where_the_notebook_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    assert command._overrides(["corpus=text", "teacher=embedded", "steps=4"]) == {
+        "corpus": str(tmp_path / "text"),
+        "teacher": "embedded",
+        "steps": 4,
+    }
+
+
+def test_every_study_fits_its_notebook_at_every_scale():
+    """Names and types of all that is in the project, which papermill would not check."""
+    for name in study.names("studies"):
+        for scale in study.names("scales"):
+            asked = Study.load(name)
+            values = study.parameters(asked, Scale.load(scale), {})
+            assert len(study.cells(asked, values)) >= len(values["seeds"])
+            assert scale == "smoke" or len(values["seeds"]) >= 3
+
+
+def test_verdicts_by_hand():
+    asked = Study("toy", "?", Path("x"), {}, [1], STUDY["expectations"])
+    rows = {"holds": [1.0, 0.1], "reversed": [-1.0, -0.1], "tie": [1.0, -0.1]}
+    for verdict, differences in rows.items():
+        table = [("good", seed, 2.0 + d) for seed, d in enumerate(differences)]
+        table += [("better", seed, 2.0) for seed, _ in enumerate(differences)]
+        (answer,) = report.answers(asked, pd.DataFrame(table, columns=["arm", "seed", "kl"]))
+        assert answer["verdict"] == verdict and answer["seeds"] == 2
+        assert (answer["lowest"], answer["highest"]) == pytest.approx((min(differences), max(differences)))
+
+
+def test_the_estimate_follows_the_measured_steps(teacher, tokenizer, blocks, tmp_path):
+    """Twice the steps, twice the time; a run like the measured one takes what it took."""
+    folder = tmp_path / "teacher"
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model, _ = hdlib.load_teacher(folder)
+    config = hdlib.DistillConfig(steps=8, batch_size=8, target=0.5, prune_every=2, eval_blocks=8)
+    distilled = hdlib.distill(model, tokenizer, *blocks, config, tmp_path / "measured" / "runs" / "a")
+    lines = distilled._file("metrics.jsonl")
+    records = [record | {"seconds": 10.0} for record in distilled.records()]
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = Study.load("one_shot_vs_iterative")
+    same = Scale("same", "", 1, {"steps": 8, "batch_size": 8, "length": 16})
+    told = report.estimate(asked, tmp_path / "measured", same)
+    assert "one run would take about 90 seconds" in told
+    twice = Scale("twice", "", 1, {"steps": 80, "batch_size": 16, "length": 16})
+    assert "one run would take about 30 minutes" in report.estimate(asked, tmp_path / "measured", twice)
+    with pytest.raises(Mistake, match="no finished runs"):
+        report.estimate(asked, tmp_path / "nothing", same)
