@@ -18,6 +18,7 @@ from .plots import (
     plot_ladder,
     plot_layers,
     plot_losses,
+    plot_map,
     plot_overlap,
     plot_prunes,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "plot_ladder",
     "plot_layers",
     "plot_losses",
+    "plot_map",
     "plot_overlap",
     "plot_prunes",
     "save_result",

@@ -252,6 +252,35 @@ def plot_overlap(shares: pd.DataFrame, axes: Axes | None = None) -> Figure:
     return axes.figure
 
 
+def plot_map(summary: pd.DataFrame, rows: str, columns: str, axes: Axes | None = None) -> Figure:
+    """Where one arm beats another, over two settings, as shades around 0 with numbers.
+
+    Args:
+        summary: a row for each cell of the map, with the columns `rows` and `columns` (the settings) and `mean`, `min`
+            and `max` of a difference over the seeds. A star marks cells in which all seeds agree about its sign.
+        rows, columns: which settings go down and across.
+        axes: where to draw; a new figure if None.
+    """
+    cells = summary.set_index([rows, columns])
+    means = cells["mean"].unstack()
+    height = 1.4 + 0.55 * len(means)
+    axes = axes or plt.subplots(figsize=(2.6 + 1.1 * means.shape[1], height), layout="constrained")[1]
+    largest = float(means.abs().max().max()) or 1.0
+    shades = axes.imshow(means, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
+    for (row, column), mean in np.ndenumerate(means.to_numpy()):
+        if np.isfinite(mean):
+            cell = cells.loc[means.index[row], means.columns[column]]
+            star = " *" if cell["min"] > 0 or cell["max"] < 0 else ""
+            colour = "white" if abs(mean) > 0.7 * largest else "black"
+            axes.text(column, row, f"{mean:+.3f}{star}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(means.shape[1]), means.columns)
+    axes.set_yticks(range(len(means)), means.index)
+    axes.set_xlabel(columns)
+    axes.set_ylabel(rows)
+    axes.figure.colorbar(shades, ax=axes, label="difference of KL, nats")
+    return axes.figure
+
+
 def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | None = None) -> Figure:
     """One measure against a cost, an arm a line, a point for each seed.
 
