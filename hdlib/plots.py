@@ -256,8 +256,9 @@ def plot_map(summary: pd.DataFrame, rows: str, columns: str, axes: Axes | None =
     """Where one arm beats another, over two settings, as shades around 0 with numbers.
 
     Args:
-        summary: a row for each cell of the map, with the columns `rows` and `columns` (the settings) and `mean`, `min`
-            and `max` of a difference over the seeds. A star marks cells in which all seeds agree about its sign.
+        summary: a row for each cell of the map, with the columns `rows` and `columns` (the settings) and `count`, `mean`,
+            `min` and `max` of a difference over the seeds. A star marks cells in which all of several seeds agree
+            about its sign.
         rows, columns: which settings go down and across.
         axes: where to draw; a new figure if None.
     """
@@ -270,7 +271,8 @@ def plot_map(summary: pd.DataFrame, rows: str, columns: str, axes: Axes | None =
     for (row, column), mean in np.ndenumerate(means.to_numpy()):
         if np.isfinite(mean):
             cell = cells.loc[means.index[row], means.columns[column]]
-            star = " *" if cell["min"] > 0 or cell["max"] < 0 else ""
+            agreed = cell["count"] > 1 and (cell["min"] > 0 or cell["max"] < 0)
+            star = " *" if agreed else ""
             colour = "white" if abs(mean) > 0.7 * largest else "black"
             axes.text(column, row, f"{mean:+.3f}{star}", ha="center", va="center", color=colour)
     axes.set_xticks(range(means.shape[1]), means.columns)
