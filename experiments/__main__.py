@@ -8,6 +8,7 @@ status is 0 if every cell went well.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .study import Cell, Mistake, Scale, Study, cells, names, only, parameters
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to say Ctrl-C
     arguments = _arguments()
     try:
         if arguments.study is None:

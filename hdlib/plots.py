@@ -256,9 +256,9 @@ def plot_map(summary: pd.DataFrame, rows: str, columns: str, axes: Axes | None =
     """Where one arm beats another, over two settings, as shades around 0 with numbers.
 
     Args:
-        summary: a row for each cell of the map, with the columns `rows` and `columns` (the settings) and `count`, `mean`,
-            `min` and `max` of a difference over the seeds. A star marks cells in which all of several seeds agree
-            about its sign.
+        summary: a row for each cell of the map, with the columns `rows` and `columns` (the settings) and `count`,
+            `mean`, `min` and `max` of a difference over the seeds. A star marks cells in which all of several seeds
+            agree about its sign.
         rows, columns: which settings go down and across.
         axes: where to draw; a new figure if None.
     """

@@ -148,7 +148,8 @@ def kernels(inside: Path) -> list[psutil.Process]:
     return mine
 
 
-def test_ctrl_c_leaves_whole_cells_only_and_the_next_start_does_the_rest(workshop, monkeypatch, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_whole_cells_only_and_the_next_start_does_the_rest(workshop, monkeypatch, tmp_path, how):
     folder = workshop({"grid": {"arms": ["better", "slow"]}, "seeds": [1]})
     script = f"""
 import sys
@@ -173,7 +174,7 @@ command.main()
         if (folder / "cells" / "arms=better,seeds=1").is_dir() and waiting.exists() and kernels(tmp_path):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1 and "stopped: cells that were done stay" in said and "Traceback" not in said
     assert not kernels(tmp_path)
