@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from . import report
-from .runner import Runner
+from .runner import Runner, alone_in
 from .study import Cell, Mistake, Scale, Study, cells, names, only, parameters
 
 
@@ -35,7 +35,10 @@ def main() -> None:
             print(report.estimate(study, Path(arguments.runs) / study.name / arguments.estimate, scale))
             return
         values = parameters(study, scale, _overrides(arguments.set))
-        failed = _run(study, scale, folder, values, arguments)
+        every = cells(study, values)
+        wanted = only(every, arguments.only) if arguments.only else every
+        with alone_in(folder):
+            failed = _run(study, scale, Runner(study, folder, scale.minutes, arguments.jobs), values, every, wanted)
     except Mistake as mistake:
         sys.exit(f"{mistake}")
     except KeyboardInterrupt:
@@ -43,18 +46,15 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _run(study: Study, scale: Scale, folder: Path, values: dict, arguments) -> bool:
-    """Cells, then all together; returns whether anything failed."""
+def _run(study: Study, scale: Scale, runner: Runner, values: dict, every: list[Cell], wanted: list[Cell]) -> bool:
+    """The cells that are wanted, then all that there are together; returns whether anything failed."""
     print(f"{study.question}\n{study.notebook.name}, scale {scale.name}: {scale.about}")
-    every = cells(study, values)
-    runner = Runner(study, folder, scale.minutes, arguments.jobs)
-    outcomes = runner.run(only(every, arguments.only) if arguments.only else every)
-    failed = [outcome for outcome in outcomes if outcome.error]
+    failed = [outcome for outcome in runner.run(wanted) if outcome.error]
     gathered = runner.gather(Cell("all together", values))
     if gathered.error:
         failed.append(gathered)
     else:
-        _tell(study, folder)
+        _tell(study, scale, runner.folder, values)
     for outcome in failed:
         print(f"FAILED {outcome.cell.name}: {outcome.error}")
     missing = [cell.name for cell in every if not runner.done(cell)]
@@ -63,10 +63,10 @@ def _run(study: Study, scale: Scale, folder: Path, values: dict, arguments) -> b
     return bool(failed)
 
 
-def _tell(study: Study, folder: Path) -> None:
+def _tell(study: Study, scale: Scale, folder: Path, values: dict) -> None:
     table = pd.read_csv(folder / "table.csv")
     found = report.answers(study, table)
-    report.save_answers(folder, found)
+    report.save(folder, study, scale, values, found, table)
     for answer in found:
         print(report.in_words(answer))
     print(report.estimate(study, folder, Scale.load("paper")))

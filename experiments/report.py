@@ -107,5 +107,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def save_answers(folder: Path, found: list[dict]) -> None:
-    (folder / "answers.json").write_text(json.dumps(found, indent=2) + "\n")
+def save(folder: Path, study: Study, scale: Scale, values: dict, answers: list[dict], table: pd.DataFrame) -> None:
+    """`study.json`: everything that a ledger's row needs, small enough to be committed."""
+    first = next(iter(sorted((folder / "runs").glob("*/run.json"))), None)
+    ran_with = json.loads(first.read_text()) if first else {}
+    found = {
+        "study": study.name,
+        "scale": scale.name,
+        "parameters": values,
+        "machine": ran_with.get("machine"),
+        "versions": ran_with.get("versions"),
+        "answers": answers,
+        "table": json.loads(table.to_json(orient="records", double_precision=6)),
+    }
+    (folder / "study.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")

@@ -2,7 +2,7 @@
 
     runs/STUDY/SCALE/cells/CELL/      the executed notebook of one cell, with its parameters and result
     runs/STUDY/SCALE/runs/            the training runs, which the cells share
-    runs/STUDY/SCALE/                 table.csv, figure.png and .svg, result.json, notebook.ipynb: all cells together
+    runs/STUDY/SCALE/                 table.csv, figure.png and .svg, study.json, notebook.ipynb: all cells together
 
 A cell's folder has its name only when it is whole; until then, or if it failed, it is CELL.unfinished.
 """
@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -22,6 +24,7 @@ from time import monotonic
 import nbformat
 import psutil
 import yaml
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .study import NOTEBOOKS, Cell, Mistake, Study
@@ -163,6 +166,19 @@ class Runner:
 
     def _folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a study's folder; raises Mistake if another process does, which would move cells away under this one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise Mistake(
+            f"{folder} is being run by another process: wait for it, or take another folder (--runs)"
+        ) from error
 
 
 def _kill(process: subprocess.Popen) -> None:

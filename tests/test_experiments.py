@@ -108,7 +108,9 @@ def test_a_grid_from_a_clean_tree_to_table_and_figure(workshop, monkeypatch, cap
     assert (one["arms"], one["seeds"], one["steps"], one["draw_only"]) == (["good"], [2], 3, False)
     assert json.loads((folder / "cells" / "arms=good,seeds=2" / "result.json").read_text()) == {"trained": 1}
     assert len(pd.read_csv(folder / "table.csv")) == 4 and (folder / "figure.png").exists()
-    (answer,) = json.loads((folder / "answers.json").read_text())
+    kept = json.loads((folder / "study.json").read_text())
+    assert kept["parameters"]["steps"] == 3 and len(kept["table"]) == 4
+    (answer,) = kept["answers"]
     assert answer["verdict"] == "holds" and answer["seeds"] == 2 and answer["difference"] == pytest.approx(1.0)
     assert "better is better: holds (kl +1.000 [+1.000, +1.000], 2 seeds)" in capsys.readouterr().out
     # Nothing is done twice.
@@ -183,6 +185,13 @@ command.main()
     assert run(monkeypatch, "toy") == 0
     assert (folder / "cells" / "arms=better,seeds=1" / "result.json").stat().st_mtime_ns == done
     assert sorted(pd.read_csv(folder / "table.csv")["arm"]) == ["better", "slow"]
+
+
+def test_two_do_not_run_one_study_in_one_folder(workshop, monkeypatch):
+    folder = workshop()
+    with runner.alone_in(folder):
+        said = run(monkeypatch, "toy")
+    assert said.startswith("runs/toy/smoke is being run by another process") and not (folder / "cells").exists()
 
 
 def test_only_some_cells(workshop, monkeypatch, capsys):
