@@ -133,10 +133,10 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(workshop, monkeypatch, 
 
 
 def test_a_cell_that_hangs_is_stopped_with_its_kernel(workshop, monkeypatch, capsys):
-    folder = workshop({"grid": {"arms": ["slow", "better"]}, "seeds": [1]}, minutes=0.15)
+    folder = workshop({"grid": {"arms": ["slow", "better"]}, "seeds": [1]}, minutes=0.3)
     assert run(monkeypatch, "toy", "--jobs", "2") == 1
     said = capsys.readouterr().out
-    assert "FAILED arms=slow,seeds=1: stopped after 0.15 minutes, twice (see " in said
+    assert "FAILED arms=slow,seeds=1: stopped after 0.3 minutes, twice (see " in said
     assert (folder / "cells" / "arms=better,seeds=1").is_dir()
     assert not kernels(folder.parents[2]), "its kernel is gone too"
 
