@@ -21,6 +21,17 @@ from models import KINDS, models_and_widths, narrower, random_model
 from reference import Doubles, masked
 
 RATIOS = (0.9, 0.5, 0.29)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models of a few neurons: several threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CASES = [
     pytest.param(name, width, ratio, id=f"{name}-{width}-{ratio}")
     for name in KINDS
