@@ -100,7 +100,9 @@ def _arguments() -> argparse.Namespace:
         "--scale", default="smoke", help="how large: a name, or the path of a YAML file (default: smoke)"
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at the same time (default: 1)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=VALUE", help="only the cells that have these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="AXIS=VALUE", help="only cells with one of these on each axis"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters of the notebook")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where everything goes (default: runs)")
     parser.add_argument(

@@ -114,12 +114,14 @@ def cells(study: Study, values: dict) -> list[Cell]:
 
 
 def only(every: list[Cell], wanted: list[str]) -> list[Cell]:
-    """Those cells whose name has all the `AXIS=VALUE` parts wanted. Raises Mistake if there are none."""
-    chosen = [cell for cell in every if set(wanted) <= set(cell.name.split(","))]
-    if not chosen:
-        parts = sorted({part for cell in every for part in cell.name.split(",")})
-        raise Mistake(f"no cell has {', '.join(wanted)}; there are: {', '.join(parts)}")
-    return chosen
+    """Those cells that have, on each axis named, one of the values wanted (`AXIS=VALUE`). Raises Mistake for a value
+    that is not there."""
+    there = {part for cell in every for part in cell.name.split(",")}
+    unknown = [part for part in wanted if part not in there]
+    if unknown:
+        raise Mistake(f"no cell has {', '.join(unknown)}; there are: {', '.join(sorted(there))}")
+    axes = {part.partition("=")[0] for part in wanted}
+    return [cell for cell in every if len(set(wanted) & set(cell.name.split(","))) == len(axes)]
 
 
 def _declared(notebook: Path) -> dict[str, tuple[str, object]]:

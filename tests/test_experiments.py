@@ -201,6 +201,19 @@ def test_only_some_cells(workshop, monkeypatch, capsys):
     assert "better is better: not measured" in capsys.readouterr().out
 
 
+def test_only_takes_several_values_of_an_axis_and_all_axes_together():
+    def cell(arm, seed):
+        return study.Cell(f"arms={arm},seeds={seed}", {})
+
+    every = [cell(arm, seed) for seed in (1, 11) for arm in ("good", "goodness", "bad")]
+    assert study.only(every, ["arms=good", "arms=bad"]) == [
+        cell(arm, seed) for seed in (1, 11) for arm in ("good", "bad")
+    ]
+    assert study.only(every, ["arms=good", "arms=bad", "seeds=1"]) == [cell("good", 1), cell("bad", 1)]
+    with pytest.raises(study.Mistake, match="no cell has seeds=2; there are"):
+        study.only(every, ["arms=good", "seeds=2"])
+
+
 def test_a_study_that_is_there_with_other_parameters_is_not_mixed(workshop, monkeypatch):
     workshop()
     assert run(monkeypatch, "toy", "--only", "seeds=1") == 0
