@@ -1,0 +1,314 @@
+"""Fine-tune stock checkpoints with Hugging Face's `Trainer`, beside baselines that read no checkpoint at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict
+from filelock import FileLock
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from .metrics import measure
+from .tasks import Task
+
+HEAD_PARTS = ("pooler", "sequence_summary")  # of the backbone, but no part of language modelling
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """How a checkpoint is fine-tuned. Raises ValueError, naming the field, for what cannot be."""
+
+    learning_rate: float = 1e-4  # peak, AdamW
+    epochs: float | None = None  # passes over the training part; None: the task's
+    batch_size: int = 32  # rows a step
+    length: int = 128  # tokens a row at most; longer ones are cut
+    warmup: float = 0.06  # fraction of the steps in which the learning rate rises; it falls linearly after
+    weight_decay: float = 0.01
+    train_rows: int | None = None  # so many rows of the training part, drawn once for all seeds; None: all
+    seed: int = 0  # of the new head, dropout and the order of rows
+
+    def __post_init__(self):
+        for name in ("learning_rate", "batch_size", "length"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        for name in ("epochs", "train_rows"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, or None; got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a fraction of the steps, from 0 to below 1; got {self.warmup}")
+
+
+def finetune(
+    checkpoint: str | Path, task: Task, data: DatasetDict, config: FineTuneConfig, save_to: str | Path | None = None
+) -> dict[str, float]:
+    """Fine-tune one checkpoint once, and measure it after the last epoch (no epoch is picked by its score).
+
+    Args:
+        checkpoint: a folder that `save_pretrained` left, with its tokenizer, or a hub name.
+        task, data: as `load_task` reads them.
+        config: the arguments.
+        save_to: where the fine-tuned model goes, as another stock checkpoint; None: nowhere.
+
+    Returns:
+        The task's measures on the held-out part, with `seconds` of training.
+
+    Raises:
+        ValueError: the checkpoint lacks weights other than the new head's, which would be random, or cannot be opened.
+    """
+    set_seed(config.seed)  # before the head is made
+    model, tokenizer = _open(checkpoint, task, data)
+    rows = data["train"]
+    if config.train_rows is not None and config.train_rows < len(rows):
+        rows = rows.shuffle(seed=0).select(range(config.train_rows))
+    length = min(config.length, tokenizer.model_max_length)
+    train, held_out = (_tokenised(part, tokenizer, length) for part in (rows, data["validation"]))
+    collator, epochs = DataCollatorWithPadding(tokenizer), config.epochs or task.epochs
+    # Rows of like lengths share a batch, so that little of it is padding.
+    trainer, seconds = train_with(model, train, config, epochs, collator, train_sampling_strategy="group_by_length")
+    logits, labels, _ = trainer.predict(held_out)  # (N, classes) or (N, 1), and (N,): by length, not in the rows' order
+    predictions = logits[:, 0] if task.regression else logits.argmax(-1)
+    if not np.isfinite(logits).all():
+        raise ArithmeticError(
+            f"fine-tuning {checkpoint} on {task.name} came apart: its logits are not finite. "
+            f"Lower learning_rate (now {config.learning_rate:g})"
+        )
+    if save_to is not None:
+        trainer.save_model(str(save_to))
+        tokenizer.save_pretrained(str(save_to))
+    return measure(task.measures, labels, predictions) | {"seconds": seconds}
+
+
+def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **more) -> tuple[Trainer, float]:
+    """A trained `Trainer` and the seconds that training took; nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=epochs,
+            learning_rate=config.learning_rate,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=128,
+            warmup_steps=config.warmup,  # below 1 it is a fraction
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **more,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)  # the numbers that matter are returned
+        started = perf_counter()
+        trainer.train()
+        return trainer, perf_counter() - started
+
+
+def _open(checkpoint: str | Path, task: Task, data: DatasetDict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    labels = {"num_labels": 1, "problem_type": "regression"}
+    if not task.regression:
+        names = data["train"].features["label"].names
+        labels = {"num_labels": len(names), "problem_type": "single_label_classification"}
+        labels["id2label"] = dict(enumerate(names))
+        labels["label2id"] = {name: index for index, name in enumerate(names)}
+    return open_with_head(AutoModelForSequenceClassification, checkpoint, **labels)
+
+
+def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint with a new head for a task, and its tokenizer; stock classes, float32 weights.
+
+    Args:
+        kind: the auto class that adds the head.
+        checkpoint: a local folder or a hub name.
+        changes: of its config.
+
+    Raises:
+        ValueError: it cannot be opened, or lacks weights beside those of the head.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, **changes)
+        if config.pad_token_id is None:  # causal models come without; the head looks for the last real token
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            config.pad_token_id = tokenizer.pad_token_id
+        with _quiet():
+            model, report = kind.from_pretrained(
+                checkpoint, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {error}") from error
+    backbone = f"{model.base_model_prefix}."
+    random = [
+        key
+        for key in sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+        if key.startswith(backbone) and key.removeprefix(backbone).split(".")[0] not in HEAD_PARTS
+    ]
+    if random:
+        raise ValueError(
+            f"{checkpoint} lacks weights that would be random: {', '.join(random[:5])}{' ...' if random[5:] else ''}. "
+            "Only the head of the task is new in fine-tuning"
+        )
+    return model, tokenizer
+
+
+@contextmanager
+def _quiet():
+    """Without the report on weights that are new: which of them may be is checked here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    texts = [list(rows[column]) for column in ("text", "pair") if column in rows.column_names]
+    return Dataset.from_dict(tokenizer(*texts, truncation=True, max_length=length) | {"labels": list(rows["label"])})
+
+
+def baselines(task: Task, data: DatasetDict) -> pd.DataFrame:
+    """What is reached without any language model, one row each: `majority` and `bag_of_words`.
+
+    The majority answers the most frequent class (the mean, for a regression). The bag of words is a logistic
+    (ridge) regression on TF-IDF of single words and pairs of neighbours, the two texts of a pair
+    side by side, with scikit-learn's default settings.
+    """
+    train, held_out = data["train"], data["validation"]
+    linear = Ridge() if task.regression else LogisticRegression(max_iter=1000)
+    models = {
+        "majority": DummyRegressor() if task.regression else DummyClassifier(),
+        "bag_of_words": make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), linear),
+    }
+    rows = []
+    for name, model in models.items():
+        model.fit(_one_text(train), train["label"])
+        found = measure(task.measures, held_out["label"], model.predict(_one_text(held_out)))
+        rows.append({"task": task.name, "model": name} | found | {"score": found[task.measures[0]]})
+    return pd.DataFrame(rows)
+
+
+def _one_text(rows) -> list[str]:
+    if "pair" not in rows.column_names:
+        return list(rows["text"])
+    return [f"{text}\n{pair}" for text, pair in zip(rows["text"], rows["pair"], strict=True)]
+
+
+def score(
+    checkpoints: Mapping[str, str | Path | Callable[[int], str | Path]],
+    tasks: Mapping[str, tuple[Task, DatasetDict]],
+    learning_rates: Iterable[float],
+    seeds: Iterable[int],
+    folder: str | Path,
+    *,
+    tuning_seed: int = 0,
+    draw_only: bool = False,
+    **settings,
+) -> pd.DataFrame:
+    """Fine-tune every checkpoint on every task with every seed, each with the learning rate that suits it.
+
+    The rate is chosen by the task's first measure on the tuning seed, the same rates for all. A rate is chosen on
+    the part that is reported, as is usual for GLUE, whose test labels are not public; the seeds that are
+    reported are others. Finished trainings are read from the folder and not done again.
+
+    Args:
+        checkpoints: folders or hub names, by the name that tables show; or what gives the checkpoint of a seed, so
+            that the spread is that of making the checkpoint too.
+        tasks: as (task, `load_task(task, ...)`), by name.
+        learning_rates: the rates that are tried.
+        seeds: the seeds that are reported.
+        folder: where each training leaves its numbers.
+        tuning_seed: the seed on which rates are chosen; with one rate nothing is.
+        draw_only: train nothing, tell what is there.
+        settings: other fields of FineTuneConfig, the same for all.
+
+    Returns:
+        A row for each task, model and seed: the task's measures, `score` (the first of them),
+        `learning_rate`, `seconds`; and a row for each task and baseline, without a seed.
+
+    Raises:
+        ValueError: the folder holds a training of that name with other settings; or as `finetune`.
+    """
+    rates, rows, baseline_rows = list(learning_rates), [], []
+    for name, (task, data) in tasks.items():
+        baseline_rows.append(baselines(task, data))
+        for model, checkpoint in checkpoints.items():
+
+            def trained(rate, seed, model=model, checkpoint=checkpoint, task=task, data=data):
+                config = FineTuneConfig(learning_rate=rate, seed=seed, **settings)
+                path = Path(folder) / f"{task.name}-{model}-rate-{rate:g}-seed-{seed}.json"
+                if draw_only and not path.exists():
+                    return None
+                return _once(path, checkpoint(seed) if callable(checkpoint) else checkpoint, task, data, config)
+
+            best = rates[0]
+            if len(rates) > 1:
+                trials = {rate: found for rate in rates if (found := trained(rate, tuning_seed))}
+                best = max(trials, key=lambda rate: trials[rate][task.measures[0]], default=best)
+            for seed in seeds:
+                if found := trained(best, seed):
+                    rows.append({"task": name, "model": model, "seed": seed, "learning_rate": best} | found)
+                    rows[-1]["score"] = found[task.measures[0]]
+    return pd.concat([pd.DataFrame(rows), *baseline_rows], ignore_index=True)
+
+
+def _once(
+    path: Path, checkpoint: str | Path, task: Task, data: DatasetDict, config: FineTuneConfig
+) -> dict[str, float]:
+    settings = json.loads(json.dumps(asdict(config) | {"checkpoint": str(checkpoint), "task": asdict(task)}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            found = finetune(checkpoint, task, data, config)
+            draft = path.with_suffix(".unfinished")
+            draft.write_text(json.dumps({"settings": settings, "found": found}, indent=1, allow_nan=False) + "\n")
+            os.replace(draft, path)
+    was = json.loads(path.read_text())
+    changed = [
+        f"{name} was {was['settings'].get(name)}, is {now}"
+        for name, now in settings.items()
+        if was["settings"].get(name) != now
+    ]
+    if changed:
+        raise ValueError(f"{path} holds a training with other settings: {'; '.join(changed)}. Take another folder")
+    return was["found"]
+
+
+def summary(table: pd.DataFrame, measure: str = "score") -> pd.DataFrame:
+    """Models by tasks as text: the median over the seeds in per cent, [lowest, highest]; a baseline has one value."""
+    cells = table.groupby(["model", "task"], sort=False)[measure].agg(_spread)
+    return cells.unstack("task").loc[table["model"].unique(), table["task"].unique()]
+
+
+def _spread(values: pd.Series) -> str:
+    per_cent = [100 * value for value in values.dropna()]
+    if len(per_cent) == 1:
+        return f"{per_cent[0]:.1f}"
+    return f"{median(per_cent):.1f} [{min(per_cent):.1f}, {max(per_cent):.1f}]"

@@ -1,0 +1,541 @@
+"""Fine-tuning: tables that are checked as they are read, measures by hand, SQuAD's answer rules, whole trainings."""
+
+from __future__ import annotations
+
+import ast
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from scipy import stats
+from sklearn import metrics
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from hdlib import downstream
+from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
+from hdlib.downstream.metrics import MEASURES, measure
+from hdlib.downstream.squad import best_spans, score_answers
+
+from conftest import WORDS, random_bert, sentences
+
+DATA = Path(__file__).parents[2] / "shared" / "data"  # real tasks, where there are any beside the project
+FOLDER = Path(downstream.__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------------ measures
+
+
+def test_measures_by_hand():
+    labels, predictions = [1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 1, 0, 1]
+    # Right and positive 3, wrong and positive 1, wrong and negative 1, right and negative 3.
+    found = measure(("accuracy", "f1", "macro_f1", "matthews"), labels, predictions)
+    assert found == pytest.approx({"accuracy": 6 / 8, "f1": 6 / 8, "macro_f1": 6 / 8, "matthews": (9 - 1) / 16})
+    found = measure(("pearson", "spearman"), [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 9.0])
+    assert found["pearson"] == pytest.approx(11.5 / np.sqrt(5 * 38.75))
+    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_measures_agree_with_their_libraries():
+    draw = np.random.default_rng(0)
+    labels, predictions = draw.integers(0, 2, 200), draw.integers(0, 2, 200)
+    assert MEASURES["matthews"](labels, predictions) == metrics.matthews_corrcoef(labels, predictions)
+    assert MEASURES["f1"](labels, predictions) == metrics.f1_score(labels, predictions)
+    three = draw.integers(0, 3, 200), draw.integers(0, 3, 200)
+    assert MEASURES["macro_f1"](*three) == metrics.f1_score(*three, average="macro")
+    numbers = draw.normal(size=200), draw.normal(size=200)
+    assert MEASURES["pearson"](*numbers) == stats.pearsonr(*numbers).statistic
+    assert MEASURES["spearman"](*numbers) == stats.spearmanr(*numbers).statistic
+
+
+@pytest.mark.parametrize("name", ["matthews", "pearson", "spearman", "f1"])
+def test_a_constant_answer_scores_nothing(name):
+    assert MEASURES[name]([0, 1, 1, 0], [0, 0, 0, 0]) == 0.0
+
+
+def test_measures_that_cannot_be():
+    with pytest.raises(ValueError, match="no measure bleu; there are: accuracy"):
+        measure(("accuracy", "bleu"), [0], [0])
+    with pytest.raises(ValueError, match="cannot be compared"):
+        measure(("accuracy",), [], [])
+    with pytest.raises(ValueError, match="cannot be compared"):
+        measure(("accuracy",), [0, 1], [0])
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def rows(count: int = 8, **columns) -> dict:
+    return {"sentence": sentences(count), "label": [i % 2 for i in range(count)]} | columns
+
+
+def write(folder: Path, train: dict, validation: dict | None, kind: str = "parquet") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, table in (("train", train), ("validation", validation)):
+        frame = pd.DataFrame(table)
+        path = folder / f"{stem}.{kind}"
+        if table is None:
+            continue
+        if kind == "parquet":
+            frame.to_parquet(path)
+        elif kind == "jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        else:
+            frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",", quoting=3 if kind == "tsv" else 0)
+    return folder.parent
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl"])
+def test_a_table_reads_alike_from_every_kind_of_file(tmp_path, kind):
+    table = rows(sentence=["None", "NA", *(f'he said "{text}"' for text in sentences(6))])
+    found = load_task("cola", write(tmp_path / "cola", table, rows(4), kind))
+    assert found["train"].to_dict() == {"text": table["sentence"], "label": table["label"]}
+    assert found["validation"].num_rows == 4 and found["train"].features["label"].names == ["0", "1"]
+
+
+def test_two_texts_names_of_classes_and_a_part_of_another_name(tmp_path):
+    table = {"first": ["one", "two", "three"], "second": ["eins", "zwei", "drei"], "kind": ["odd", "even", "odd"]}
+    pd.DataFrame(table).to_csv(tmp_path / "train.csv", index=False)
+    pd.DataFrame(table).to_csv(tmp_path / "test.csv", index=False)
+    task = Task(name="numbers", texts=("first", "second"), label="kind", held_out="test")
+    found = load_task(task, tmp_path)
+    assert found["validation"].to_dict() == {"text": table["first"], "pair": table["second"], "label": [1, 0, 1]}
+    assert found["train"].features["label"].names == ["even", "odd"]
+
+
+def test_a_regression_reads_numbers(tmp_path):
+    table = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 4.5]}
+    found = load_task("stsb", write(tmp_path / "stsb", table, table))
+    assert list(found["train"]["label"]) == [0.0, 4.5]
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "validation", "message"),
+    [
+        ("colla", rows(), rows(), "there is no task 'colla'; there are: cola, sst2"),
+        ("cola", rows(), None, "has no validation part in .*there is train.parquet"),
+        ("cola", {"text": ["a"], "label": [0]}, rows(), r"\(train\) has no column 'sentence'; it has: text, label"),
+        ("cola", rows(), {"sentence": ["a"]}, r"\(validation\) has no column 'label'"),
+        ("cola", rows(), {"sentence": [], "label": []}, "the validation part is empty"),
+        (
+            "cola",
+            rows(),
+            rows(label=[0, 1, 2, 0, 1, 0, 1, 0]),
+            r"\(validation\): row 2 has the label 2.*outside 0 to 1",
+        ),
+        ("cola", rows(), rows(label=[-1] * 8), "row 0 has the label -1, which is outside 0 to 1"),
+        ("cola", rows(label=[0, None] * 4), rows(), "row 1 has the label nan|row 1 has the label None"),
+        ("cola", rows(sentence=["a", None] * 4), rows(), r"\(train\): row 1 has no text in 'sentence' but None"),
+        (Task(name="cola"), rows(label=["x"] * 8), rows(), "the training part has one class only, 'x'"),
+        (Task(name="cola"), rows(label=["x", "y"] * 4), rows(label=["x", "z"] * 4), "the label 'z'.*has: 'x', 'y'"),
+        (Task(name="cola"), rows(label=[0.5, 1.5] * 4), rows(), "numbers that are no classes: say regression=True"),
+        (Task(name="cola", regression=True), rows(label=["good", "bad"] * 4), rows(), "'good' in 'label', and a regr"),
+    ],
+)
+def test_tables_that_cannot_be_are_named_before_training(tmp_path, task, train, validation, message):
+    source = write(tmp_path / "cola", train, validation)
+    with pytest.raises(ValueError, match=message):
+        load_task(task, source)
+
+
+def test_neither_folder_nor_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/nowhere"):
+        load_task("cola", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"Pass a folder that holds cola/train\.parquet"):
+        load_task("cola")
+    with pytest.raises(ValueError, match="texts names one or two columns"):
+        Task(name="three", texts=("a", "b", "c"))
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no real tasks beside the project")
+@pytest.mark.parametrize(("name", "counts"), [("cola", (8551, 1043)), ("mrpc", (3668, 408)), ("rte", (2490, 277))])
+def test_real_tasks(name, counts):
+    found = load_task(name, DATA / "glue")
+    assert (len(found["train"]), len(found["validation"])) == counts
+
+
+# --------------------------------------------------------------------------------------------------------- probes
+
+
+@pytest.fixture(scope="module")
+def documentation(tmp_path_factory):
+    """Documents of ten packages, five modules each, every paragraph said once."""
+    folder, draw = tmp_path_factory.mktemp("documentation"), random.Random(3)
+    for part in ("train", "validation"):
+        made = []
+        for i in range(400):
+            package = f"package{'abcdefghij'[i % 10]}"
+            said = [f"{part} {i}-{j} " + " ".join(draw.sample(WORDS, 12)) + "." for j in range(3)]
+            if i % 7 == 0:
+                said[0] = f"{package} " + said[0]
+            made.append({"text": "\n\n".join(said), "package": package, "source": f"{package}.{part}{i // 10 % 5}"})
+        pd.DataFrame(made).to_parquet(folder / f"{part}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", downstream.PROBES)
+def test_probes_are_fixed_balanced_and_share_nothing(documentation, name):
+    _, found = downstream.load_probe(name, documentation)
+    _, again = downstream.load_probe(name, documentation)
+    assert {part: rows.to_dict() for part, rows in found.items()} == {
+        part: rows.to_dict() for part, rows in again.items()
+    }
+    said = {}
+    for part, part_rows in found.items():
+        counts = np.bincount(part_rows["label"])
+        assert len(counts) == part_rows.features["label"].num_classes and counts.min() == counts.max() >= 20
+        texts = [text for column in ("text", "pair") if column in part_rows.column_names for text in part_rows[column]]
+        said[part] = {" ".join(sorted(text.split())) for text in texts}  # whatever the order of the words
+        assert len(said[part]) == len(texts), "a paragraph is used once"
+    assert said["train"].isdisjoint(said["validation"])
+    assert list(found["train"]["label"]) != sorted(found["train"]["label"]), "mixed"
+
+
+def test_the_package_probe_names_no_package(documentation):
+    _, found = downstream.load_probe("package", documentation)
+    names = found["train"].features["label"].names
+    assert len(names) == 8 and not any(
+        name in text for part in found.values() for text in part["text"] for name in names
+    )
+
+
+def test_pairs_of_the_docstring_probe_are_what_they_are_called(documentation):
+    _, found = downstream.load_probe("docstring", documentation)
+    for row in found["train"]:
+        (one, i), (other, j) = (row[column].split()[-13].split("-") for column in ("text", "pair"))
+        if row["label"] == 1:
+            assert one == other and int(j) == int(i) + 1
+        else:
+            assert int(one) % 10 == int(other) % 10, "of one package"
+            assert int(one) // 10 % 5 != int(other) // 10 % 5, "of two modules"
+
+
+def test_swapped_words_change_places_and_nothing_else(documentation):
+    _, found = downstream.load_probe("order", documentation)
+    whole = {
+        " ".join(text.split())
+        for text in pd.read_parquet(documentation / "train.parquet")["text"].str.split("\n\n").explode()
+    }
+    bags = {" ".join(sorted(text.split())): text.split() for text in whole}
+    for row in found["train"]:
+        words = row["text"].split()
+        intact = bags[" ".join(sorted(words))]
+        changed = [i for i, (a, b) in enumerate(zip(words, intact, strict=True)) if a != b]
+        assert len(changed) == (0 if row["label"] else 2)
+        assert words[0] == intact[0] and words[-1] == intact[-1]
+
+
+def test_an_unknown_probe(documentation):
+    with pytest.raises(ValueError, match="no probe 'oder'; there are: package, docstring, order"):
+        downstream.load_probe("oder", documentation)
+
+
+# ----------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    random_bert(vocabulary=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def learnable(count: int, seed: int) -> dict:
+    """Does the text mention a neuron? Lengths vary, so that batches by length are not in the rows' order."""
+    draw = random.Random(seed)
+    table = {"text": [], "label": []}
+    for i in range(count):
+        words = draw.choices([word for word in WORDS if word != "neuron"], k=draw.randint(3, 6))
+        if i % 4 == 0:
+            words[draw.randrange(len(words))] = "neuron"
+        table["text"].append(" ".join(words))
+        table["label"].append(int(i % 4 == 0))
+    return table
+
+
+@pytest.fixture(scope="module")
+def easy():
+    task = Task(name="easy", texts=("text",), classes=2, measures=("f1", "accuracy"), epochs=8)
+    data = {"train": learnable(400, 1), "validation": learnable(100, 2)}
+    made = DatasetDict({part: Dataset.from_dict(table) for part, table in data.items()})
+    return task, made.cast_column("label", ClassLabel(names=["without", "with"]))
+
+
+QUICK = {"learning_rate": 3e-3, "batch_size": 16}
+
+
+def test_a_checkpoint_learns_and_what_is_reported_is_what_the_saved_model_does(checkpoint, easy, tmp_path):
+    task, data = easy
+    found = downstream.finetune(checkpoint, task, data, FineTuneConfig(**QUICK), save_to=tmp_path / "tuned")
+    assert found["accuracy"] > 0.9 and found["f1"] > 0.8 and found["seconds"] > 0
+    # Stock code, one text at a time, in the order of the rows.
+    classify = pipeline("text-classification", model=str(tmp_path / "tuned"), device="cpu")
+    answers = [classify(text)[0]["label"] for text in data["validation"]["text"]]
+    labels = data["validation"].features["label"].int2str(data["validation"]["label"])
+    assert found["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(answers, labels, strict=True)]))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(checkpoint, easy, tmp_path):
+    weights = []
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        downstream.finetune(checkpoint, *easy, FineTuneConfig(seed=seed, epochs=1, **QUICK), save_to=tmp_path / name)
+        weights.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict())
+    one, same, other = weights
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("dense.weight"))
+
+
+def test_a_regression_is_learned(checkpoint, easy):
+    _, data = easy
+    count = {
+        part: {"text": rows["text"], "label": [float(len(text.split())) / 4 for text in rows["text"]]}
+        for part, rows in data.items()
+    }
+    data = DatasetDict(
+        {
+            part: Dataset.from_dict({"text": list(table["text"]), "label": table["label"]})
+            for part, table in count.items()
+        }
+    )
+    task = Task(name="length", texts=("text",), regression=True, measures=("spearman", "pearson"), epochs=8)
+    found = downstream.finetune(checkpoint, task, data, FineTuneConfig(**QUICK))
+    assert found["spearman"] > 0.6 and found["pearson"] > 0.6
+    assert downstream.baselines(task, data).set_index("model").loc["majority", "score"] == 0.0
+
+
+def test_baselines_by_hand(easy):
+    found = downstream.baselines(*easy).set_index("model")
+    assert found.loc["majority", "accuracy"] == 0.75 and found.loc["majority", "score"] == 0.0, "f1 decides"
+    assert found.loc["bag_of_words", "accuracy"] > 0.85, "one word tells it all"
+
+
+def test_only_the_head_may_be_new(checkpoint, easy, tokenizer, tmp_path):
+    model = random_bert(vocabulary=len(tokenizer))
+    weights = {name: value for name, value in model.state_dict().items() if "layer.1.output.dense" not in name}
+    model.save_pretrained(tmp_path, state_dict={name: value.clone() for name, value in weights.items()})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks weights that would be random: bert.encoder.layer.1.output.dense"):
+        downstream.finetune(tmp_path, *easy, FineTuneConfig())
+    with pytest.raises(ValueError, match="cannot be opened for fine-tuning"):
+        downstream.finetune(tmp_path / "nowhere", *easy, FineTuneConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be above 0; got 0.0"),
+        ({"batch_size": -1}, "batch_size must be above 0"),
+        ({"epochs": 0}, "epochs must be above 0, or None"),
+        ({"train_rows": 0}, "train_rows must be above 0, or None"),
+        ({"warmup": 1.0}, "warmup is a fraction of the steps"),
+    ],
+)
+def test_arguments_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FineTuneConfig(**changes)
+
+
+def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(checkpoint, task, data, config, save_to=None):
+        trained.append((checkpoint, config.learning_rate, config.seed))
+        good = {("a", 1e-3): 0.5, ("a", 1e-2): 0.7, ("b", 1e-3): 0.6, ("b", 1e-2): 0.4}[
+            checkpoint, config.learning_rate
+        ]
+        return {"f1": good + config.seed / 100, "accuracy": 1 - good, "seconds": 1.0}
+
+    monkeypatch.setattr(downstream.finetuning, "finetune", pretend)
+    ask = {
+        "checkpoints": {"A": "a", "B": "b"},
+        "tasks": {"easy": easy},
+        "learning_rates": [1e-3, 1e-2],
+        "seeds": [1, 2, 3],
+    }
+    table = downstream.score(**ask, folder=tmp_path)
+    assert len(trained) == 2 * (2 + 3), "each rate on the tuning seed, the best on the others"
+    by_model = table.set_index("model")
+    assert set(by_model.loc["A", "learning_rate"]) == {1e-2} and set(by_model.loc["B", "learning_rate"]) == {1e-3}
+    assert list(by_model.loc["A", "score"]) == pytest.approx([0.71, 0.72, 0.73])
+    assert downstream.summary(table)["easy"].to_dict() == {
+        "A": "72.0 [71.0, 73.0]",
+        "B": "62.0 [61.0, 63.0]",
+        "majority": "0.0",
+        "bag_of_words": f"{100 * by_model.loc['bag_of_words', 'score']:.1f}",
+    }
+    again = downstream.score(**ask, folder=tmp_path)
+    assert len(trained) == 10 and again.equals(table), "nothing is done twice"
+    only = downstream.score(**ask | {"seeds": [1, 4]}, folder=tmp_path, draw_only=True)
+    assert len(trained) == 10 and only["seed"].dropna().tolist() == [1, 1]
+    with pytest.raises(ValueError, match="a training with other settings: batch_size was 32, is 16"):
+        downstream.score(**ask, folder=tmp_path, batch_size=16)
+
+
+# ---------------------------------------------------------------------------------------------------------- SQuAD
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "exact", "f1"),
+    [
+        ("The Broncos!", ["broncos"], 1, 1),  # articles, case and punctuation do not count
+        ("an apple a day", ["Apple day"], 1, 1),
+        ("Theodore", ["The odore"], 0, 0),  # an article is a word of its own
+        ("U.S.", ["US"], 1, 1),  # punctuation goes without leaving a gap
+        ("well-known", ["well known"], 0, 0),
+        ("Denver Broncos", ["Broncos"], 0, 2 / 3),  # precision 1/2, recall 1
+        ("Broncos", ["Denver Broncos", "the Broncos"], 1, 1),  # the answer that fits best
+        ("new new york", ["new york york"], 0, 2 / 3),  # words count as often as both have them
+        ("", [], 1, 1),  # no answer, and none given
+        ("something", [], 0, 0),
+        ("", ["something"], 0, 0),
+        ("the", ["a"], 1, 1),  # nothing is left of either
+        ("Denver", ["the", "Denver"], 1, 1),  # an answer without a word of its own is left out
+        ("", ["the", "Denver"], 0, 0),
+        ("  42   km ", ["42 km"], 1, 1),
+    ],
+)
+def test_answers_are_scored_by_the_published_rules(prediction, answers, exact, f1):
+    assert exact_match(prediction, answers) == exact
+    assert squad_f1(prediction, answers) == pytest.approx(f1)
+
+
+def questions(*each: tuple[str, str, list[tuple[str, int]]]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "id": f"q{i}",
+                "context": context,
+                "question": question,
+                "answers": {"text": [text for text, _ in answers], "answer_start": [start for _, start in answers]},
+            }
+            for i, (context, question, answers) in enumerate(each)
+        ]
+    )
+
+
+def test_means_over_questions_with_and_without_an_answer():
+    some = questions(("x one", "?", [("one", 2)]), ("x two three", "?", [("two three", 2)]), ("x", "?", []))
+    found = score_answers({"q0": "one", "q1": "two", "q2": "x"}, some)
+    assert found == pytest.approx(
+        {
+            "exact": 1 / 3,
+            "f1": (1 + 2 / 3) / 3,
+            "answerable_exact": 1 / 2,
+            "answerable_f1": 5 / 6,
+            "unanswerable_exact": 0,
+            "unanswerable_f1": 0,
+        }
+    )
+    assert set(score_answers({"q0": "", "q1": ""}, some.select([0, 1]))) == {"exact", "f1"}
+    with pytest.raises(ValueError, match="1 questions have no prediction, the first is 'q2'"):
+        score_answers({"q0": "", "q1": ""}, some)
+
+
+def test_the_best_span_over_windows_and_none():
+    context = "alpha beta gamma delta"
+    some = questions((context, "?", [("beta", 6)]), (context, "?", []))
+    outside, words = (-1, -1), [(0, 5), (6, 10), (11, 16), (17, 22)]
+    windows = Dataset.from_dict(
+        {
+            "row": ["q0", "q0", "q1"],
+            "offsets": [
+                [outside, outside, words[0], words[1]],
+                [outside, outside, words[2], words[3]],
+                [outside, outside, *words[:2]],
+            ],
+        }
+    )
+    starts = np.array([[0, 99, 1, 3], [0, 99, 4, 1], [6, 99, 1, 2]], dtype=float)  # 99: a token of the question
+    ends = np.array([[0, 99, 2, 1], [0, 99, 0.5, 3], [6, 99, 1, 2]], dtype=float)
+    assert best_spans(starts, ends, windows, some) == {"q0": "gamma delta", "q1": ""}
+    assert best_spans(starts, ends, windows, some, longest_answer=1)["q0"] == "gamma"
+    assert best_spans(starts[:2], ends[:2], windows.select([0, 1]), some.select([0])) == {"q0": "gamma delta"}
+    ends[1, 3] = 0  # now an end before its start would be best
+    starts[1], ends[1] = [0, 0, 0, 9], [0, 0, 9, 0]
+    assert best_spans(starts, ends, windows, some)["q0"] == "delta"
+
+
+def find_the_neuron(count: int, seed: int, empty: bool) -> Dataset:
+    draw = random.Random(seed)
+    made = []
+    for i in range(count):
+        words = draw.choices(["a", "step", "loss", "keeps"], k=draw.randint(20, 40))
+        answers = []
+        if not (empty and i % 3 == 0):
+            words[draw.randrange(len(words))] = "neuron"
+            answers = [("neuron", " ".join(words).index("neuron"))]
+        made.append((" ".join(words), "width?", answers))
+    return questions(*made)
+
+
+def test_squad_is_learned_in_windows_with_and_without_answers(checkpoint):
+    data = DatasetDict(train=find_the_neuron(300, 1, True), validation=find_the_neuron(60, 2, True))
+    config = SquadConfig(learning_rate=3e-3, epochs=4, batch_size=16, length=28, stride=8)
+    found = downstream.finetune_squad(checkpoint, data, config)
+    assert found["exact"] > 0.9 and found["answerable_f1"] > 0.85 and found["unanswerable_f1"] > 0.85
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no real questions beside the project")
+def test_targets_of_real_questions_are_their_answers(tokenizer):
+    from transformers import AutoTokenizer
+
+    from hdlib.downstream import squad
+
+    real = AutoTokenizer.from_pretrained(DATA / "bert-base-uncased-tokenizer")
+    rows = Dataset.from_parquet(str(DATA / "glue" / "squad_v2" / "validation.parquet")).select(range(0, 11873, 40))
+    batch = rows.to_dict()
+    windows = squad._targets(squad._windows(batch, real, SquadConfig(length=160, stride=64)), batch, real.cls_token_id)
+    shape = (len(windows["input_ids"]), 160)
+    starts, ends = np.zeros(shape), np.zeros(shape)
+    starts[np.arange(shape[0]), windows["start_positions"]] = 1
+    ends[np.arange(shape[0]), windows["end_positions"]] = 1
+    for scores in (starts, ends):  # a window without the answer has no say against one that has it
+        scores[np.array(windows["start_positions"]) == 0, 0] = 0.5
+    kept = Dataset.from_dict({name: windows[name] for name in ("row", "offsets")})
+    found = score_answers(best_spans(starts, ends, kept, rows), rows)
+    assert found["exact"] > 0.99 and found["f1"] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": ["other text"]}, "question q0: 'one' does not stand at 2"),
+        ({"answers": None}, "has no column 'answers'"),
+        ({"id": []}, "the train part is empty"),
+    ],
+)
+def test_questions_that_cannot_be(tmp_path, change, message):
+    (tmp_path / "squad").mkdir()
+    good = questions(("x one", "?", [("one", 2)]))
+    bad = good.to_dict() | change
+    if change.get("id") == []:
+        bad = {name: [] for name in bad}
+    Dataset.from_dict({name: column for name, column in bad.items() if column is not None}).to_parquet(
+        tmp_path / "squad" / "train.parquet"
+    )
+    good.to_parquet(tmp_path / "squad" / "validation.parquet")
+    with pytest.raises(ValueError, match=message):
+        downstream.load_squad("squad", tmp_path)
+
+
+def test_only_two_versions_of_squad():
+    with pytest.raises(ValueError, match=r"squad \(1.1\) and squad_v2 \(2.0\); got 'squad_v3'"):
+        downstream.load_squad("squad_v3")
+
+
+# ---------------------------------------------------------------------------------------------------------- stock
+
+
+def test_nothing_in_here_knows_of_distillation():
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module == "documentation", f"{path.name} imports {node.module}"
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not any(name.split(".")[0] == "hdlib" for name in names), path.name
