@@ -21,6 +21,7 @@ from .plots import (
     plot_map,
     plot_overlap,
     plot_prunes,
+    plot_scores,
 )
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
@@ -64,6 +65,7 @@ __all__ = [
     "plot_map",
     "plot_overlap",
     "plot_prunes",
+    "plot_scores",
     "save_result",
     "scorer",
     "width_groups",

@@ -172,7 +172,7 @@ def plot_ends(
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
         axes.plot(means[arm], row, "|", color=colour, markersize=16, markeredgewidth=2)
         axes.annotate(
-            f"{means[arm]:.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small"
+            f"{means[arm]:#.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small"
         )
     axes.set_yticks(range(len(arms)), [words(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -181,6 +181,41 @@ def plot_ends(
     axes.tick_params(left=False)
     axes.grid(axis="x", linewidth=0.5, alpha=0.4)
     return axes.figure
+
+
+def plot_scores(table: pd.DataFrame) -> Figure:
+    """How fine-tuned models score, a panel for each task: a point for each seed, a bar at their median.
+
+    Lines stand for what needs no language model: dotted the most frequent class, dashed a bag of words.
+
+    Args:
+        table: as `hdlib.downstream.score` returns it.
+    """
+    tasks = list(table["task"].unique())
+    models = list(table.loc[table["seed"].notna(), "model"].unique())
+    size = (max(4.5, 1.4 + 2.6 * len(tasks)), 1.4 + 0.36 * len(models))
+    figure, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, task in zip(panels[0], tasks, strict=True):
+        of_task = table[table["task"] == task]
+        for baseline, style in (("majority", ":"), ("bag_of_words", "--")):
+            for score in of_task.loc[of_task["model"] == baseline, "score"]:
+                line = axes.axvline(100 * score, color=COLOURS["grey"], linestyle=style, linewidth=1, zorder=0)
+                line.set_label(words(baseline))
+        for row, model in enumerate(models):
+            scores = 100 * of_task.loc[of_task["model"] == model, "score"]
+            axes.plot(
+                scores, [row] * len(scores), "o", color=COLOURS["blue"], markersize=5, alpha=0.6, markeredgewidth=0
+            )
+            axes.plot(scores.median(), row, "|", color=COLOURS["blue"], markersize=16, markeredgewidth=2)
+        axes.set_title(task)
+        axes.set_xlabel("score, per cent")
+        axes.set_yticks(range(len(models)), [words(model) for model in models])
+        axes.set_ylim(len(models) - 0.5, -0.5)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+        axes.grid(axis="x", linewidth=0.5, alpha=0.4)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Figure:
