@@ -116,6 +116,26 @@ def test_ablation_notebooks_find_what_they_found(path, tmp_path, text_file, requ
     assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
 
 
+def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, text_file):
+    """With its defaults it uses a probe; here also a table of GLUE's layout, and a checkpoint named by its folder."""
+    path = next(path for path in NOTEBOOKS if path.stem == "20_finetune")
+    (tmp_path / "tables" / "rte").mkdir(parents=True)
+    texts = [f"the student {word} slowly" for word in ("learns", "keeps", "steps", "loses")] * 8
+    rows = pd.DataFrame({"sentence1": texts, "sentence2": texts[::-1], "label": [0, 1, 1, 0] * 8})
+    for part in ("train", "validation"):
+        rows.to_csv(tmp_path / "tables" / "rte" / f"{part}.csv", index=False)
+    folder = str(ROOT / "hdlib" / "teacher")
+    places = {"corpus": str(text_file), "tables": str(tmp_path / "tables"), "runs": str(tmp_path / "runs")}
+    arguments = {"checkpoints": ["teacher", "homodistil", folder], "tasks": ["order", "rte"], "epochs": 1.0}
+    result, _ = execute(path, tmp_path / "out", **places, **arguments, results=str(tmp_path / "out"))
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert len(table) == 2 * (3 + 2) and table["score"].between(0, 1).all()
+    assert len(result) == 10 and result["score_teacher_rte"] == result[f"score_{folder}_rte"], (
+        "one checkpoint, two names"
+    )
+    assert result["score_majority_order"] == 0.5
+
+
 BREAKS = {
     "scorer": "hdlib.scorers.Sensitivity.element = lambda self, parameter, gradient: (parameter - gradient).abs()",
     "loss": "hdlib.losses.prediction_loss.__globals__['F'].kl_div = lambda *logs, **options: logs[0].sum() * 0.0",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -256,49 +258,57 @@ def score(
     Raises:
         ValueError: the folder holds a training of that name with other settings; or as `finetune`.
     """
-    rates, rows, baseline_rows = list(learning_rates), [], []
+    rows, without = [], []
     for name, (task, data) in tasks.items():
-        baseline_rows.append(baselines(task, data))
+        without.append(baselines(task, data))
         for model, checkpoint in checkpoints.items():
-
-            def trained(rate, seed, model=model, checkpoint=checkpoint, task=task, data=data):
-                config = FineTuneConfig(learning_rate=rate, seed=seed, **settings)
-                path = Path(folder) / f"{task.name}-{model}-rate-{rate:g}-seed-{seed}.json"
-                if draw_only and not path.exists():
-                    return None
-                return _once(path, checkpoint(seed) if callable(checkpoint) else checkpoint, task, data, config)
-
-            best = rates[0]
-            if len(rates) > 1:
-                trials = {rate: found for rate in rates if (found := trained(rate, tuning_seed))}
-                best = max(trials, key=lambda rate: trials[rate][task.measures[0]], default=best)
+            train = partial(_trained, Path(folder), model, checkpoint, task, data, settings, draw_only)
+            rate = _best_rate(train, list(learning_rates), tuning_seed, task.measures[0])
             for seed in seeds:
-                if found := trained(best, seed):
-                    rows.append({"task": name, "model": model, "seed": seed, "learning_rate": best} | found)
-                    rows[-1]["score"] = found[task.measures[0]]
-    return pd.concat([pd.DataFrame(rows), *baseline_rows], ignore_index=True)
+                if found := train(rate, seed):
+                    row = {"task": name, "model": model, "seed": seed, "learning_rate": rate}
+                    rows.append(row | found | {"score": found[task.measures[0]]})
+    return pd.concat([pd.DataFrame(rows), *without], ignore_index=True)
 
 
-def _once(
-    path: Path, checkpoint: str | Path, task: Task, data: DatasetDict, config: FineTuneConfig
-) -> dict[str, float]:
-    settings = json.loads(json.dumps(asdict(config) | {"checkpoint": str(checkpoint), "task": asdict(task)}))
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _best_rate(train: Callable, rates: list[float], seed: int, decisive: str) -> float:
+    if len(rates) == 1:
+        return rates[0]
+    trials = {rate: found[decisive] for rate in rates if (found := train(rate, seed))}
+    return max(trials, key=trials.get, default=rates[0])
+
+
+def _trained(
+    folder: Path,
+    model: str,
+    checkpoint,
+    task: Task,
+    data: DatasetDict,
+    settings: dict,
+    draw_only: bool,
+    rate: float,
+    seed: int,
+) -> dict[str, float] | None:
+    """What one fine-tuning found: trained once, by one process, and kept as a file that is whole or not there."""
+    name = re.sub(r"[^\w.-]+", "_", f"{task.name}-{model}")  # a model may be named by its path
+    path = folder / f"{name}-rate-{rate:g}-seed-{seed}.json"
+    if draw_only and not path.exists():
+        return None
+    config = FineTuneConfig(learning_rate=rate, seed=seed, **settings)
+    checkpoint = checkpoint(seed) if callable(checkpoint) else checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = json.loads(json.dumps(asdict(config) | {"checkpoint": str(checkpoint), "task": asdict(task)}))
     with FileLock(f"{path}.lock"):
         if not path.exists():
             found = finetune(checkpoint, task, data, config)
             draft = path.with_suffix(".unfinished")
-            draft.write_text(json.dumps({"settings": settings, "found": found}, indent=1, allow_nan=False) + "\n")
+            draft.write_text(json.dumps({"settings": asked, "found": found}, indent=1, allow_nan=False) + "\n")
             os.replace(draft, path)
-    was = json.loads(path.read_text())
-    changed = [
-        f"{name} was {was['settings'].get(name)}, is {now}"
-        for name, now in settings.items()
-        if was["settings"].get(name) != now
-    ]
+    kept = json.loads(path.read_text())
+    changed = [f"{name} was {was}, is {asked[name]}" for name, was in kept["settings"].items() if was != asked[name]]
     if changed:
         raise ValueError(f"{path} holds a training with other settings: {'; '.join(changed)}. Take another folder")
-    return was["found"]
+    return kept["found"]
 
 
 def summary(table: pd.DataFrame, measure: str = "score") -> pd.DataFrame:
