@@ -1,6 +1,6 @@
 """HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled."""
 
-from . import cost
+from . import cost, export
 from .arms import Bench, compare, final_table, overlap, pick
 from .config import DistillConfig
 from .data import load_corpus
@@ -22,6 +22,7 @@ from .plots import (
     plot_overlap,
     plot_prunes,
     plot_scores,
+    plot_speed_up,
 )
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
@@ -46,6 +47,7 @@ __all__ = [
     "cubic",
     "discrepancy",
     "distill",
+    "export",
     "final_table",
     "forward",
     "linear",
@@ -66,6 +68,7 @@ __all__ = [
     "plot_overlap",
     "plot_prunes",
     "plot_scores",
+    "plot_speed_up",
     "save_result",
     "scorer",
     "width_groups",

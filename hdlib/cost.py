@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from copy import deepcopy
 from statistics import median
 from time import perf_counter
 
+import pandas as pd
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -61,7 +66,7 @@ def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 2):
         for name, model in models.items():
-            input_ids = torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)
+            input_ids = _random_tokens(model, batch_size, length)
             started = perf_counter()
             model(input_ids)
             if model.device.type == "cuda":
@@ -69,3 +74,78 @@ def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int
             if turn >= 2:  # the first turns warm up caches and threads
                 times[name].append((perf_counter() - started) * 1000)
     return {name: median(values) for name, values in times.items()}
+
+
+def profiled_flops(model: PreTrainedModel, batch_size: int = 1, length: int = 128) -> int:
+    """Floating-point operations of one forward as PyTorch's profiler counts them while it runs, the head included.
+
+    Matrix products and element-wise sums and products, so it is a little more than `flops` and the head.
+    """
+    input_ids = _random_tokens(model, batch_size, length)
+    with _eagerly(model), torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+        model(input_ids)
+    return sum(event.flops for event in seen.key_averages() if event.flops)
+
+
+@contextmanager
+def _eagerly(model: PreTrainedModel):
+    """Attention as plain matrix products, which every counter can see."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that a call holds at once at most, beyond what was there before.
+
+    On a GPU from PyTorch's allocator; on a CPU from the allocations that its profiler records.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def forward_table(
+    models: dict[str, PreTrainedModel],
+    batch_sizes: Iterable[int] = (1, 32),
+    lengths: Iterable[int] = (32, 128, 512),
+    repeats: int = 10,
+) -> pd.DataFrame:
+    """What a forward costs: a row for each model, batch size and length.
+
+    Columns: model, batch_size, length; `milliseconds` (median over `repeats`, the models take turns),
+    `tokens_per_second`, `megabytes` (peak, beyond the weights), `gflop` (of the layers, counted). Lengths
+    beyond the positions of a model are left out.
+    """
+    rows = []
+    for batch_size in batch_sizes:
+        for length in lengths:
+            able = {name: model for name, model in models.items() if length <= model.config.max_position_embeddings}
+            for name, milliseconds in latency(able, batch_size, length, repeats).items():
+                model = able[name]
+                tokens = _random_tokens(model, batch_size, length)
+                with torch.inference_mode():
+                    memory = peak_memory(lambda model=model, tokens=tokens: model(tokens), model.device)
+                row = {"model": name, "batch_size": batch_size, "length": length, "milliseconds": milliseconds}
+                row |= {"tokens_per_second": 1000 * batch_size * length / milliseconds, "megabytes": memory / 1e6}
+                rows.append(row | {"gflop": batch_size * flops(model.config, length) / 1e9})
+    return pd.DataFrame(rows)
+
+
+def _random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
+    return torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)

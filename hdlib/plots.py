@@ -218,6 +218,52 @@ def plot_scores(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_speed_up(table: pd.DataFrame, baseline: str = "teacher") -> Figure:
+    """How much faster than a baseline each model is, against what its operations promise; a panel for each batch size.
+
+    On the dotted line a forward is as many times faster as it has fewer operations.
+
+    Args:
+        table: as `hdlib.cost.forward_table` returns it.
+        baseline: the model that the others are compared with.
+    """
+    places = ["batch_size", "length"]
+    base = table[table["model"] == baseline].set_index(places)
+    others = table[table["model"] != baseline].set_index(places)
+    others = others.assign(
+        promised=base["gflop"].reindex(others.index) / others["gflop"],
+        measured=base["milliseconds"].reindex(others.index) / others["milliseconds"],
+    ).reset_index()
+    sizes = sorted(others["batch_size"].unique())
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(4.2 * len(sizes), 3.6), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    highest = others["promised"].max() * 1.05
+    for axes, batch_size in zip(panels[0], sizes, strict=True):
+        axes.plot([1, highest], [1, highest], color=COLOURS["grey"], linestyle=":", linewidth=1, zorder=0)
+        of_size = others[others["batch_size"] == batch_size]
+        for (length, each), colour, style, marker in zip(
+            of_size.groupby("length"), _cycle(COLOURS.values()), _cycle(STYLES), _cycle(MARKERS), strict=False
+        ):
+            each = each.sort_values("promised")
+            axes.plot(
+                each["promised"],
+                each["measured"],
+                color=colour,
+                linestyle=style,
+                marker=marker,
+                label=f"{length} tokens",
+            )
+        axes.set_title(f"batch {batch_size}")
+        axes.set_xlabel("times fewer operations")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(linewidth=0.5, alpha=0.4)
+    panels[0][0].set_ylabel("times faster")
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].legend(frameon=False)
+    return figure
+
+
 def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Figure:
     """The discrepancy of every layer along one run, as shades: steps to the right, layers upwards.
 

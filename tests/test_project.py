@@ -136,6 +136,20 @@ def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, tex
     assert result["score_majority_order"] == 0.5
 
 
+def test_the_cost_notebook_measures_and_exports(tmp_path):
+    path = next(path for path in NOTEBOOKS if path.stem == "21_cost")
+    result, _ = execute(path, tmp_path / "out", runs=str(tmp_path / "runs"), results=str(tmp_path / "out"))
+    assert result["largest_difference_exported"] <= 1e-5
+    assert result["fewer_operations_keep_0.33"] > result["fewer_operations_keep_0.66"] > 1.5
+    assert result["speed_up_keep_0.33"] > 1
+    assert (tmp_path / "runs" / "student.onnx").exists() and (tmp_path / "out" / "figure.svg").exists()
+
+
+def test_every_notebook_is_executed_by_one_of_these_tests():
+    ran = {path.stem for path in ABLATIONS} | {path.stem for path in NOTEBOOKS if path.stem < "10"}
+    assert {path.stem for path in NOTEBOOKS} == ran | {"20_finetune", "21_cost"}
+
+
 BREAKS = {
     "scorer": "hdlib.scorers.Sensitivity.element = lambda self, parameter, gradient: (parameter - gradient).abs()",
     "loss": "hdlib.losses.prediction_loss.__globals__['F'].kl_div = lambda *logs, **options: logs[0].sum() * 0.0",
