@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,11 +43,27 @@ def to_onnx(model: PreTrainedModel, path: str | Path) -> float:
         import onnxscript  # noqa: F401, what torch.onnx translates with
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error.name} is missing: pip install -e ".[export]"') from error
-    torch.onnx.export(_traced(model), dynamo=True, verbose=False, output_names=["logits"]).save(str(path))
+    program = _traced(model)
+    with _without_chatter():
+        torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"]).save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return _difference(
         model, lambda inputs: torch.from_numpy(session.run(None, {k: v.numpy() for k, v in inputs.items()})[0])
     )
+
+
+@contextmanager
+def _without_chatter():
+    """PyTorch's exporter tells of packages that it could use, and warns of its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _traced(model: PreTrainedModel) -> ExportedProgram:
