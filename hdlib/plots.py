@@ -172,7 +172,11 @@ def plot_ends(
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
         axes.plot(means[arm], row, "|", color=colour, markersize=16, markeredgewidth=2)
         axes.annotate(
-            f"{means[arm]:#.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize="small"
+            f"{means[arm]:#.3g}".rstrip("."),
+            (1.01, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize="small",
         )
     axes.set_yticks(range(len(arms)), [words(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
