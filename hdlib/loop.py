@@ -21,7 +21,7 @@ from .discrepancy import discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
 from .masking import Masks, applied
-from .models import forward, random_student, recording, student_of
+from .models import forward, random_student, recording, student_of, without_bars
 from .narrowing import narrow
 from .runs import Run
 from .scorers import Scorer, scorer
@@ -180,7 +180,8 @@ class _Training:
     @classmethod
     def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
         state = torch.load(folder / "training_state.pt", map_location=teacher.device, weights_only=True)
-        student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
+        with without_bars():
+            student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
         loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
         loss.load_state_dict(state["loss"])
         importance = scorer(config.scorer, **config.scorer_options())

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from .families import FAMILIES
 from .losses import QueryKey, Scores
@@ -102,6 +103,18 @@ def num_positions(model: PreTrainedModel) -> int:
     """The longest sequence that a model has positions for."""
     positions = model.config.max_position_embeddings
     return positions - model.config.pad_token_id - 1 if family(model).positions_after_padding else positions
+
+
+@contextmanager
+def without_bars():
+    """Small models are read and written at once: no progress bars of Transformers meanwhile."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:

@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import language_model_class
+from .models import language_model_class, without_bars
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -102,7 +102,8 @@ class Run:
     def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The result and its tokenizer, through the stock classes."""
         auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder))
-        model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32)
+        with without_bars():
+            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(self.student_folder)
 
     @property
@@ -157,7 +158,8 @@ class Run:
 def _save_folder(folder: Path, model, tokenizer, state: dict | None = None) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    with without_bars():
+        model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if state is not None:
         torch.save(state, temporary / "training_state.pt")

@@ -182,13 +182,16 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
 
 @contextmanager
 def _quiet():
-    """Without the report on weights that are new: which of them may be is checked here."""
-    before = logging.get_verbosity()
+    """Without a bar, and without the report on weights that are new: which of them may be is checked here."""
+    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
