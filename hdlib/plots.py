@@ -387,10 +387,15 @@ def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | N
     _finish(axes, MEASURES.get(f"held_out_{measure}", measure))
     axes.set_xscale("log")
     rungs = sorted(table[x].unique())
-    axes.set_xticks(rungs, [f"{rung / 1e6:.2g} M" if rung >= 1e4 else f"{rung:.2g}" for rung in rungs])
+    axes.set_xticks(rungs, [f"{_short(rung / 1e6)} M" if rung >= 1e4 else _short(rung) for rung in rungs])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(COSTS.get(x, x))
     return axes.figure
+
+
+def _short(number: float) -> str:
+    """Two digits, and never an exponent."""
+    return f"{float(f'{number:.2g}'):g}"
 
 
 def words(name: str) -> str:
