@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from hdlib import downstream
 from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
+from hdlib.downstream.finetuning import _tokenised as tokenised
 from hdlib.downstream.metrics import MEASURES, measure
 from hdlib.downstream.squad import best_spans, score_answers
 
@@ -312,6 +313,19 @@ def test_baselines_by_hand(easy):
     found = downstream.baselines(*easy).set_index("model")
     assert found.loc["majority", "accuracy"] == 0.75 and found.loc["majority", "score"] == 0.0, "f1 decides"
     assert found.loc["bag_of_words", "accuracy"] > 0.85, "one word tells it all"
+
+
+def test_fewer_rows_are_the_same_for_models_and_baselines(easy, checkpoint, monkeypatch):
+    task, data = easy
+    seen = []
+    monkeypatch.setattr(
+        downstream.finetuning, "_tokenised", lambda rows, *rest: seen.append(rows) or tokenised(rows, *rest)
+    )
+    downstream.finetune(checkpoint, task, data, FineTuneConfig(train_rows=20, epochs=1, **QUICK))
+    assert list(seen[0]["text"]) == list(downstream.finetuning.drawn(data["train"], 20)["text"]) and len(seen[0]) == 20
+    assert len(seen[1]) == 100, "what is measured stays whole"
+    few, all_of_them = (downstream.baselines(task, data, rows)["accuracy"][1] for rows in (20, None))
+    assert few < all_of_them == downstream.baselines(task, data, 10_000)["accuracy"][1]
 
 
 def test_only_the_head_may_be_new(checkpoint, easy, tokenizer, tmp_path):

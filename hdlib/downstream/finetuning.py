@@ -86,9 +86,7 @@ def finetune(
     """
     set_seed(config.seed)  # before the head is made
     model, tokenizer = _open(checkpoint, task, data)
-    rows = data["train"]
-    if config.train_rows is not None and config.train_rows < len(rows):
-        rows = rows.shuffle(seed=0).select(range(config.train_rows))
+    rows = drawn(data["train"], config.train_rows)
     length = min(config.length, tokenizer.model_max_length)
     train, held_out = (_tokenised(part, tokenizer, length) for part in (rows, data["validation"]))
     collator, epochs = DataCollatorWithPadding(tokenizer), config.epochs or task.epochs
@@ -199,14 +197,21 @@ def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -
     return Dataset.from_dict(tokenizer(*texts, truncation=True, max_length=length) | {"labels": list(rows["label"])})
 
 
-def baselines(task: Task, data: DatasetDict) -> pd.DataFrame:
+def drawn(rows: Dataset, count: int | None) -> Dataset:
+    """So many rows, always the same; all of them if there are no more, or for None."""
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+def baselines(task: Task, data: DatasetDict, train_rows: int | None = None) -> pd.DataFrame:
     """What is reached without any language model, one row each: `majority` and `bag_of_words`.
+
+    They learn from the rows that a model with the same `train_rows` would learn from.
 
     The majority answers the most frequent class (the mean, for a regression). The bag of words is a logistic
     (ridge) regression on TF-IDF of single words and pairs of neighbours, the two texts of a pair
     side by side, with scikit-learn's default settings.
     """
-    train, held_out = data["train"], data["validation"]
+    train, held_out = drawn(data["train"], train_rows), data["validation"]
     linear = Ridge() if task.regression else LogisticRegression(max_iter=1000)
     models = {
         "majority": DummyRegressor() if task.regression else DummyClassifier(),
@@ -263,7 +268,7 @@ def score(
     """
     rows, without = [], []
     for name, (task, data) in tasks.items():
-        without.append(baselines(task, data))
+        without.append(baselines(task, data, settings.get("train_rows")))
         for model, checkpoint in checkpoints.items():
             train = partial(_trained, Path(folder), model, checkpoint, task, data, settings, draw_only)
             rate = _best_rate(train, list(learning_rates), tuning_seed, task.measures[0])
