@@ -382,6 +382,8 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
         "majority": "0.0",
         "bag_of_words": f"{100 * by_model.loc['bag_of_words', 'score']:.1f}",
     }
+    renamed = downstream.score(**ask | {"tasks": {"hard": easy}}, folder=tmp_path)
+    assert set(renamed["task"]) == {"hard"}, "baselines under the name that was asked for too"
     again = downstream.score(**ask, folder=tmp_path)
     assert len(trained) == 10 and again.equals(table), "nothing is done twice"
     only = downstream.score(**ask | {"seeds": [1, 4]}, folder=tmp_path, draw_only=True)

@@ -268,7 +268,7 @@ def score(
     """
     rows, without = [], []
     for name, (task, data) in tasks.items():
-        without.append(baselines(task, data, settings.get("train_rows")))
+        without.append(baselines(task, data, settings.get("train_rows")).assign(task=name))
         for model, checkpoint in checkpoints.items():
             train = partial(_trained, Path(folder), model, checkpoint, task, data, settings, draw_only)
             rate = _best_rate(train, list(learning_rates), tuning_seed, task.measures[0])
