@@ -117,9 +117,9 @@ def pick(arms: Mapping[str, dict], names: Iterable[str]) -> dict[str, dict]:
 def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
     """One row for each run: how it ended, in numbers.
 
-    Columns: arm, seed, steps, learning_rate, hidden_size, intermediate_size, encoder_parameters, encoder_gflops
-    (one forward of 128 tokens, or as many as there are positions); then held out at the last step kl (nats),
-    agreement, mlm (nats), accuracy, hidden, and teacher_mlm; highest_kl along the run; seconds of training.
+    Columns: arm, seed; held out at the last step kl (nats), agreement, mlm (nats), accuracy, hidden, and
+    teacher_mlm; highest_kl along the run; seconds of training; steps, learning_rate, hidden_size,
+    intermediate_size, encoder_parameters, encoder_gflops (one forward of 128 tokens, or as many as there are positions).
     """
     return pd.DataFrame([{"arm": arm} | _final(run) for arm, each in runs.items() for run in each])
 
@@ -127,13 +127,14 @@ def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
 def _final(run: Run) -> dict:
     metrics, config = run.metrics, run.arguments["config"]
     last = metrics.dropna(subset=["held_out_kl"]).iloc[-1]
-    row = {name: config[name] for name in ("seed", "steps", "learning_rate")}
+    row = {"seed": config["seed"]} | {name: float(last[f"held_out_{name}"]) for name in (*MEASURES, "teacher_mlm")}
+    row |= {"highest_kl": float(metrics["held_out_kl"].max()), "seconds": float(metrics["elapsed"].iloc[-1])}
+    row |= {name: config[name] for name in ("steps", "learning_rate")}
     row |= {name: int(last[name]) for name in ("hidden_size", "intermediate_size")}
     if config["scope"] == "local":  # otherwise there is no student of one shape
         shape = AutoConfig.from_pretrained(run.student_folder)
         row |= {"encoder_parameters": cost.encoder_parameters(shape), "encoder_gflops": cost.flops(shape) / 1e9}
-    row |= {name: float(last[f"held_out_{name}"]) for name in (*MEASURES, "teacher_mlm")}
-    return row | {"highest_kl": float(metrics["held_out_kl"].max()), "seconds": float(metrics["elapsed"].iloc[-1])}
+    return row
 
 
 def compare(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataFrame:

@@ -248,7 +248,7 @@ class _Reporter:
         self.run, self.training, self.on_step = run, training, on_step or (lambda record: None)
         self.main = accelerator.is_main_process
         self.bar = tqdm(
-            total=config.steps, initial=training.step, desc="distilling", unit="step", disable=not self.main
+            total=config.steps, initial=training.step, desc=run.folder.name, unit="step", disable=not self.main
         )
         self.last = {}
 

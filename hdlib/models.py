@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     _check_reachable(source)
     try:
         auto_class = language_model_class(AutoConfig.from_pretrained(source))
-        model, report = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with without_bars() if Path(source).exists() else nullcontext():  # a download is worth a bar
+            model, report = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except UnsupportedArchitecture:
         raise

@@ -294,7 +294,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(checkpoint, e
 def test_a_regression_is_learned(checkpoint, easy):
     _, data = easy
     count = {
-        part: {"text": rows["text"], "label": [float(len(text.split())) / 4 for text in rows["text"]]}
+        part: {
+            "text": rows["text"],
+            "label": [1.0 * text.count("neuron") + text.count("a") / 20 for text in rows["text"]],
+        }
         for part, rows in data.items()
     }
     data = DatasetDict(
@@ -347,11 +350,34 @@ def test_only_the_head_may_be_new(checkpoint, easy, tokenizer, tmp_path):
         ({"epochs": 0}, "epochs must be above 0, or None"),
         ({"train_rows": 0}, "train_rows must be above 0, or None"),
         ({"warmup": 1.0}, "warmup is a fraction of the steps"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16; got 'float16'"),
     ],
 )
 def test_arguments_that_cannot_be(changes, message):
-    with pytest.raises(ValueError, match=message):
-        FineTuneConfig(**changes)
+    for config in (FineTuneConfig, SquadConfig):
+        with pytest.raises(ValueError, match=message):
+            config(**changes)
+    with pytest.raises(ValueError, match="stride must be above 0; got 0"):
+        SquadConfig(stride=0)
+
+
+def test_training_that_comes_apart_is_named(checkpoint, easy):
+    config = FineTuneConfig(learning_rate=1e30, epochs=1)
+    with pytest.raises(
+        ArithmeticError, match=r"came apart: its weights are not finite. Lower learning_rate \(now 1e\+30"
+    ):
+        downstream.finetune(checkpoint, *easy, config)
+
+
+def test_half_the_precision_learns_the_same(checkpoint, easy, tmp_path):
+    """Products in bfloat16, weights in float32: another rounding, not another model."""
+    found = downstream.finetune(checkpoint, *easy, FineTuneConfig(precision="bfloat16", **QUICK), save_to=tmp_path)
+    assert found["accuracy"] > 0.9
+    weights = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    downstream.finetune(checkpoint, *easy, FineTuneConfig(**QUICK), save_to=tmp_path / "whole")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict()
+    assert not all(torch.equal(weights[name], whole[name]) for name in whole), "it made no difference at all"
 
 
 def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
@@ -390,6 +416,20 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
     assert len(trained) == 10 and only["seed"].dropna().tolist() == [1, 1]
     with pytest.raises(ValueError, match="a training with other settings: batch_size was 32, is 16"):
         downstream.score(**ask, folder=tmp_path, batch_size=16)
+
+
+def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monkeypatch):
+    def pretend(checkpoint, task, data, config, save_to=None):
+        if config.learning_rate == 1e-1:
+            raise ArithmeticError("its logits are not finite")
+        return {"f1": 0.0, "accuracy": 0.5, "seconds": 1.0}  # the worst score that there is, and still better
+
+    monkeypatch.setattr(downstream.finetuning, "finetune", pretend)
+    ask = {"checkpoints": {"A": "a"}, "tasks": {"easy": easy}, "seeds": [1]}
+    table = downstream.score(**ask, learning_rates=[1e-1, 1e-3], folder=tmp_path)
+    assert table["learning_rate"].dropna().tolist() == [1e-3]
+    with pytest.raises(ArithmeticError, match="not finite"):  # where it would be reported there is nothing to report
+        downstream.score(**ask, learning_rates=[1e-1], folder=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- SQuAD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -40,6 +42,7 @@ from transformers.utils import logging
 from .metrics import measure
 from .tasks import Task
 
+PRECISIONS = ("float32", "bfloat16")
 HEAD_PARTS = ("pooler", "sequence_summary")  # of the backbone, but no part of language modelling
 
 
@@ -54,6 +57,7 @@ class FineTuneConfig:
     warmup: float = 0.06  # fraction of the steps in which the learning rate rises; it falls linearly after
     weight_decay: float = 0.01
     train_rows: int | None = None  # so many rows of the training part, drawn once for all seeds; None: all
+    precision: str = "float32"  # of matrix products in training: float32 or bfloat16; weights are float32 always
     seed: int = 0  # of the new head, dropout and the order of rows
 
     def __post_init__(self):
@@ -63,6 +67,8 @@ class FineTuneConfig:
         for name in ("epochs", "train_rows"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, or None; got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a fraction of the steps, from 0 to below 1; got {self.warmup}")
 
@@ -83,6 +89,7 @@ def finetune(
 
     Raises:
         ValueError: the checkpoint lacks weights other than the new head's, which would be random, or cannot be opened.
+        ArithmeticError: training came apart: there are weights that are not finite.
     """
     set_seed(config.seed)  # before the head is made
     model, tokenizer = _open(checkpoint, task, data)
@@ -94,11 +101,6 @@ def finetune(
     trainer, seconds = train_with(model, train, config, epochs, collator, train_sampling_strategy="group_by_length")
     logits, labels, _ = trainer.predict(held_out)  # (N, classes) or (N, 1), and (N,): by length, not in the rows' order
     predictions = logits[:, 0] if task.regression else logits.argmax(-1)
-    if not np.isfinite(logits).all():
-        raise ArithmeticError(
-            f"fine-tuning {checkpoint} on {task.name} came apart: its logits are not finite. "
-            f"Lower learning_rate (now {config.learning_rate:g})"
-        )
     if save_to is not None:
         trainer.save_model(str(save_to))
         tokenizer.save_pretrained(str(save_to))
@@ -106,7 +108,7 @@ def finetune(
 
 
 def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **more) -> tuple[Trainer, float]:
-    """A trained `Trainer` and the seconds that training took; nothing is left on disk."""
+    """A trained `Trainer` and the seconds that training took; nothing is left on disk. Errors as in `finetune`."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -117,6 +119,8 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
             warmup_steps=config.warmup,  # below 1 it is a fraction
             weight_decay=config.weight_decay,
             seed=config.seed,
+            bf16=config.precision == "bfloat16",
+            use_cpu=not torch.accelerator.is_available(),  # where there is none, bf16 wants to be told
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -128,7 +132,13 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
         trainer.remove_callback(PrinterCallback)  # the numbers that matter are returned
         started = perf_counter()
         trainer.train()
-        return trainer, perf_counter() - started
+        seconds = perf_counter() - started
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ArithmeticError(
+            f"fine-tuning {model.name_or_path} came apart: its weights are not finite. "
+            f"Lower learning_rate (now {config.learning_rate:g})"
+        )
+    return trainer, seconds
 
 
 def _open(checkpoint: str | Path, task: Task, data: DatasetDict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -266,24 +276,32 @@ def score(
     Raises:
         ValueError: the folder holds a training of that name with other settings; or as `finetune`.
     """
+    rates, seeds = list(learning_rates), list(seeds)
+    trials = [(rate, tuning_seed) for rate in rates if len(rates) > 1]
     rows, without = [], []
-    for name, (task, data) in tasks.items():
-        without.append(baselines(task, data, settings.get("train_rows")).assign(task=name))
-        for model, checkpoint in checkpoints.items():
-            train = partial(_trained, Path(folder), model, checkpoint, task, data, settings, draw_only)
-            rate = _best_rate(train, list(learning_rates), tuning_seed, task.measures[0])
-            for seed in seeds:
-                if found := train(rate, seed):
-                    row = {"task": name, "model": model, "seed": seed, "learning_rate": rate}
-                    rows.append(row | found | {"score": found[task.measures[0]]})
-    return pd.concat([pd.DataFrame(rows), *without], ignore_index=True)
+    total = len(tasks) * len(checkpoints) * (len(trials) + len(seeds))
+    with tqdm(total=total, desc="fine-tuning", unit="training", disable=draw_only) as bar:
+        for name, (task, data) in tasks.items():
+            without.append(baselines(task, data, settings.get("train_rows")).assign(task=name))
+            for model, checkpoint in checkpoints.items():
+                bar.set_postfix_str(f"{model} on {name}")
+                train = partial(_trained, Path(folder), model, checkpoint, task, data, settings, draw_only, bar)
+                tried = {rate: _tried(train, rate, seed, task.measures[0]) for rate, seed in trials}
+                rate = max(tried, key=tried.get, default=rates[0])
+                for seed in seeds:
+                    if found := train(rate, seed):
+                        row = {"task": name, "model": model, "seed": seed, "learning_rate": rate}
+                        rows.append(row | found | {"score": found[task.measures[0]]})
+    trained = pd.DataFrame(rows).convert_dtypes(convert_floating=False)  # a baseline's missing seed makes no 1.0 of a 1
+    return pd.concat([trained, *without], ignore_index=True)
 
 
-def _best_rate(train: Callable, rates: list[float], seed: int, decisive: str) -> float:
-    if len(rates) == 1:
-        return rates[0]
-    trials = {rate: found[decisive] for rate in rates if (found := train(rate, seed))}
-    return max(trials, key=trials.get, default=rates[0])
+def _tried(train: Callable, rate: float, seed: int, decisive: str) -> float:
+    try:
+        found = train(rate, seed)
+    except ArithmeticError:  # a rate with which training comes apart has lost
+        return -math.inf
+    return found[decisive] if found else -math.inf
 
 
 def _trained(
@@ -294,6 +312,7 @@ def _trained(
     data: DatasetDict,
     settings: dict,
     draw_only: bool,
+    bar: tqdm,
     rate: float,
     seed: int,
 ) -> dict[str, float] | None:
@@ -312,6 +331,7 @@ def _trained(
             draft = path.with_suffix(".unfinished")
             draft.write_text(json.dumps({"settings": asked, "found": found}, indent=1, allow_nan=False) + "\n")
             os.replace(draft, path)
+    bar.update()
     kept = json.loads(path.read_text())
     changed = [f"{name} was {was}, is {asked[name]}" for name, was in kept["settings"].items() if was != asked[name]]
     if changed:

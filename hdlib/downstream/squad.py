@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForQuestionAnswering, DefaultDataCollator, set_seed
 
-from .finetuning import open_with_head, train_with
+from .finetuning import FineTuneConfig, drawn, open_with_head, train_with
 from .tasks import load_parts
 
 COLUMNS = ("id", "context", "question", "answers")
@@ -22,18 +22,19 @@ BEST = 20  # starts and ends that are combined into spans
 
 
 @dataclass(frozen=True, kw_only=True)
-class SquadConfig:
-    """How a checkpoint is fine-tuned on SQuAD."""
+class SquadConfig(FineTuneConfig):
+    """How a checkpoint is fine-tuned on SQuAD: as on any task, in windows, of which `batch_size` make a step."""
 
-    learning_rate: float = 1e-4  # peak, AdamW
     epochs: float = 3
-    batch_size: int = 32  # windows a step
     length: int = 384  # tokens of question and passage together; longer passages are read in windows
     stride: int = 128  # tokens that two windows share
     longest_answer: int = 30  # tokens
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("stride", "longest_answer"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
@@ -143,12 +144,13 @@ def finetune_squad(checkpoint: str | Path, data: DatasetDict, config: SquadConfi
 
     Raises:
         ValueError: as `finetune`; or a tokenizer that has no offsets or no [CLS].
+        ArithmeticError: as `finetune`.
     """
     set_seed(config.seed)
     model, tokenizer = open_with_head(AutoModelForQuestionAnswering, checkpoint)
     if not tokenizer.is_fast or tokenizer.cls_token_id is None:
         raise ValueError(f"{checkpoint}: answers are found by character offsets and [CLS], which its tokenizer lacks")
-    train = data["train"].map(
+    train = drawn(data["train"], config.train_rows).map(
         lambda batch: _targets(_windows(batch, tokenizer, config), batch, tokenizer.cls_token_id),
         batched=True,
         remove_columns=data["train"].column_names,
