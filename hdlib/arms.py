@@ -119,7 +119,8 @@ def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
 
     Columns: arm, seed; held out at the last step kl (nats), agreement, mlm (nats), accuracy, hidden, and
     teacher_mlm; highest_kl along the run; seconds of training; steps, learning_rate, hidden_size,
-    intermediate_size, encoder_parameters, encoder_gflops (one forward of 128 tokens, or as many as there are positions).
+    intermediate_size, encoder_parameters, encoder_gflops (one forward of 128 tokens, or as many as there are
+    positions).
     """
     return pd.DataFrame([{"arm": arm} | _final(run) for arm, each in runs.items() for run in each])
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
