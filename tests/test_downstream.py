@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import random
 from pathlib import Path
 
@@ -390,7 +391,7 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
         ]
         return {"f1": good + config.seed / 100, "accuracy": 1 - good, "seconds": 1.0}
 
-    monkeypatch.setattr(downstream.finetuning, "finetune", pretend)
+    monkeypatch.setattr(downstream.scoring, "finetune", pretend)
     ask = {
         "checkpoints": {"A": "a", "B": "b"},
         "tasks": {"easy": easy},
@@ -424,7 +425,7 @@ def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monke
             raise ArithmeticError("its logits are not finite")
         return {"f1": 0.0, "accuracy": 0.5, "seconds": 1.0}  # the worst score that there is, and still better
 
-    monkeypatch.setattr(downstream.finetuning, "finetune", pretend)
+    monkeypatch.setattr(downstream.scoring, "finetune", pretend)
     ask = {"checkpoints": {"A": "a"}, "tasks": {"easy": easy}, "seeds": [1]}
     table = downstream.score(**ask, learning_rates=[1e-1, 1e-3], folder=tmp_path)
     assert table["learning_rate"].dropna().tolist() == [1e-3]
@@ -532,8 +533,21 @@ def find_the_neuron(count: int, seed: int, empty: bool) -> Dataset:
 def test_squad_is_learned_in_windows_with_and_without_answers(checkpoint):
     data = DatasetDict(train=find_the_neuron(300, 1, True), validation=find_the_neuron(60, 2, True))
     config = SquadConfig(learning_rate=3e-3, epochs=4, batch_size=16, length=28, stride=8)
-    found = downstream.finetune_squad(checkpoint, data, config)
+    found = downstream.finetune_squad(checkpoint, downstream.SQUAD["squad_v2"], data, config)
     assert found["exact"] > 0.9 and found["answerable_f1"] > 0.85 and found["unanswerable_f1"] > 0.85
+
+
+def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path):
+    for part, seed in (("train", 1), ("validation", 2)):
+        (tmp_path / "squad_v2").mkdir(exist_ok=True)
+        find_the_neuron(60, seed, True).to_parquet(tmp_path / "squad_v2" / f"{part}.parquet")
+    tasks = {"squad_v2": downstream.load_squad("squad_v2", tmp_path)}
+    settings = {"epochs": 1, "length": 28, "stride": 8, "train_rows": 30}
+    table = downstream.score({"A": checkpoint}, tasks, [1e-3], [1], tmp_path / "trained", **settings)
+    assert list(table["model"]) == ["A", "majority"]
+    assert table["score"][1] == table["f1"][1] == pytest.approx(1 / 3), "a third of the questions have no answer"
+    kept = json.loads(next((tmp_path / "trained").glob("*.json")).read_text())
+    assert kept["settings"]["stride"] == 8 and kept["found"]["exact"] == table["exact"][0]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no real questions beside the project")

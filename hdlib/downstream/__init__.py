@@ -4,14 +4,16 @@ Nothing in here knows of distillation: a student, its teacher and anyone's check
 open. Hugging Face's `Trainer` trains, scikit-learn and SciPy measure.
 """
 
-from .finetuning import FineTuneConfig, baselines, finetune, score, summary
+from .finetuning import FineTuneConfig, finetune
 from .probes import PROBES, load_probe
-from .squad import SquadConfig, exact_match, finetune_squad, load_squad, squad_f1
+from .scoring import baselines, score, summary
+from .squad import SQUAD, SquadConfig, exact_match, finetune_squad, load_squad, squad_f1
 from .tasks import GLUE, Task, load_task
 
 __all__ = [
     "GLUE",
     "PROBES",
+    "SQUAD",
     "FineTuneConfig",
     "SquadConfig",
     "Task",

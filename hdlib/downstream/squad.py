@@ -15,8 +15,12 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForQuestionAnswering, DefaultDataCollator, set_seed
 
 from .finetuning import FineTuneConfig, drawn, open_with_head, train_with
-from .tasks import load_parts
+from .tasks import Task, load_parts
 
+SQUAD = {
+    name: Task(name=name, texts=("question", "context"), label="answers", measures=("f1", "exact"), epochs=3)
+    for name in ("squad", "squad_v2")
+}
 COLUMNS = ("id", "context", "question", "answers")
 BEST = 20  # starts and ends that are combined into spans
 
@@ -25,7 +29,6 @@ BEST = 20  # starts and ends that are combined into spans
 class SquadConfig(FineTuneConfig):
     """How a checkpoint is fine-tuned on SQuAD: as on any task, in windows, of which `batch_size` make a step."""
 
-    epochs: float = 3
     length: int = 384  # tokens of question and passage together; longer passages are read in windows
     stride: int = 128  # tokens that two windows share
     longest_answer: int = 30  # tokens
@@ -103,8 +106,8 @@ def score_answers(predictions: dict[str, str], rows: Dataset) -> dict[str, float
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> DatasetDict:
-    """SQuAD's parts, `train` and `validation`, with the hub's columns.
+def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> tuple[Task, DatasetDict]:
+    """SQuAD and its parts, `train` and `validation`, with the hub's columns.
 
     Args:
         name: squad, or squad_v2.
@@ -113,7 +116,7 @@ def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> Dataset
     Raises:
         ValueError, FileNotFoundError: as `load_task`; or an answer that does not stand where it says.
     """
-    if name not in ("squad", "squad_v2"):
+    if name not in SQUAD:
         raise ValueError(f"SQuAD's versions are squad (1.1) and squad_v2 (2.0); got {name!r}")
     parts = {"train": "train", "validation": "validation"}
     found = load_parts(name, source if Path(source).exists() else f"{source}/{name}", parts)
@@ -127,17 +130,22 @@ def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> Dataset
             for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
                 if row["context"][start : start + len(text)] != text:
                     raise ValueError(f"{name} ({part}): question {row['id']}: {text!r} does not stand at {start}")
-    return DatasetDict(found)
+    return SQUAD[name], DatasetDict(found)
 
 
 # --------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def finetune_squad(checkpoint: str | Path, data: DatasetDict, config: SquadConfig) -> dict[str, float]:
+def finetune_squad(checkpoint: str | Path, task: Task, data: DatasetDict, config: SquadConfig) -> dict[str, float]:
     """Fine-tune one checkpoint once to find answers, and measure it on the held-out part after the last epoch.
 
     A passage that is too long is read in windows that overlap. A question without an answer points at the first token,
     [CLS]; its score there, the least over the windows, is compared with that of the best span.
+
+    Args:
+        checkpoint: a folder that `save_pretrained` left, with its tokenizer, or a hub name.
+        task, data: as `load_squad` gives them.
+        config: the arguments.
 
     Returns:
         `exact` and `f1`, as `score_answers` gives them, and `seconds` of training.
@@ -160,7 +168,7 @@ def finetune_squad(checkpoint: str | Path, data: DatasetDict, config: SquadConfi
     )
     inputs = [name for name in tokenizer.model_input_names if name in train.column_names]
     targets = train.select_columns([*inputs, "start_positions", "end_positions"])
-    trainer, seconds = train_with(model, targets, config, config.epochs, DefaultDataCollator())
+    trainer, seconds = train_with(model, targets, config, config.epochs or task.epochs, DefaultDataCollator())
     starts, ends = trainer.predict(held_out.select_columns(inputs)).predictions  # (windows, S) each
     predictions = best_spans(starts, ends, held_out, data["validation"], config.longest_answer)
     return score_answers(predictions, data["validation"]) | {"seconds": seconds}
