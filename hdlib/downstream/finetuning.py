@@ -42,7 +42,7 @@ class FineTuneConfig:
     warmup: float = 0.06  # fraction of the steps in which the learning rate rises; it falls linearly after
     weight_decay: float = 0.01
     train_rows: int | None = None  # so many rows of the training part, drawn once for all seeds; None: all
-    precision: str = "float32"  # of matrix products in training: float32 or bfloat16; weights are float32 always
+    precision: str = "float32"  # of matrix products: float32 or bfloat16; weights are float32 always
     seed: int = 0  # of the new head, dropout and the order of rows
 
     def __post_init__(self):
