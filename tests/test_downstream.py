@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from scipy import stats
 from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, pipeline
@@ -311,6 +312,29 @@ def test_a_regression_is_learned(checkpoint, easy):
     found = downstream.finetune(checkpoint, task, data, FineTuneConfig(**QUICK))
     assert found["spearman"] > 0.6 and found["pearson"] > 0.6
     assert downstream.baselines(task, data).set_index("model").loc["majority", "score"] == 0.0
+
+
+def test_the_second_text_is_read(checkpoint, easy):
+    """What the label says stands in the second text only."""
+    task, data = easy
+    pairs = {
+        part: {"text": ["a step"] * len(rows), "pair": list(rows["text"]), "label": list(rows["label"])}
+        for part, rows in data.items()
+    }
+    features = Features({"text": Value("string"), "pair": Value("string"), "label": data["train"].features["label"]})
+    data = DatasetDict({part: Dataset.from_dict(table, features) for part, table in pairs.items()})
+    found = downstream.finetune(checkpoint, replace(task, texts=("text", "pair")), data, FineTuneConfig(**QUICK))
+    assert found["accuracy"] > 0.9
+    bags = downstream.baselines(task, data).set_index("model")
+    assert bags.loc["bag_of_words", "accuracy"] > 0.85 > bags.loc["majority", "accuracy"]
+
+
+def test_rows_are_drawn_from_everywhere():
+    """Tables are often sorted: the first rows would be of one class."""
+    rows = Dataset.from_dict({"text": [str(i) for i in range(100)], "label": [i // 50 for i in range(100)]})
+    few = downstream.finetuning.drawn(rows, 20)
+    assert len(set(few["text"])) == 20 and 4 < sum(few["label"]) < 16
+    assert list(few["text"]) == list(downstream.finetuning.drawn(rows, 20)["text"])
 
 
 def test_baselines_by_hand(easy):
