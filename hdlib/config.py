@@ -158,6 +158,10 @@ class DistillConfig:
         start, end = self._pruning_steps()
         return start <= step <= end and (step % self.prune_every == 0 or step == end)
 
+    def still_prunes(self, step: int) -> bool:
+        """Whether neurons may still be chosen after this step or a later one; beyond t_f nobody asks who matters."""
+        return step <= self._pruning_steps()[1]
+
     def _pruning_steps(self) -> tuple[int, int]:
         """t_i and t_f in steps."""
         return round(self.prune_start * self.steps), max(1, round(self.prune_end * self.steps))

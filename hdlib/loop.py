@@ -100,7 +100,8 @@ def distill(
             _average_gradients(accelerator, optimizer)
             if masks is not None:
                 masks.mask_gradients()
-            importance.update(student)
+            if config.still_prunes(step):
+                importance.update(student)
 
             # 4. The optimiser's step.
             norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)

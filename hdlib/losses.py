@@ -14,15 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fused import CrossEntropy, Divergence, ScoreDifference, precise
 from .narrowing import replace_parameter
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
 IGNORED = -100  # label of a position that is not predicted
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Half precision is too coarse for differences of near-equal numbers: at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class QueryKey(NamedTuple):
@@ -68,7 +64,7 @@ class Scores(NamedTuple):
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of the masked tokens, in nats, mean over them. logits (N, V), labels (N,)."""
-    return F.cross_entropy(_precise(logits), labels)
+    return CrossEntropy.apply(logits, labels, IGNORED)
 
 
 def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -78,17 +74,15 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
         student, teacher: logits (N, V).
         temperature: T, divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015).
     """
-    log_student = F.log_softmax(_precise(student) / temperature, -1)  # (N, V)
-    log_teacher = F.log_softmax(_precise(teacher) / temperature, -1)  # (N, V)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return Divergence.apply(student, teacher, temperature)
 
 
 def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Mean squared error of (B, S, D) states over all elements of real tokens; 0.0 if identical."""
     if attention_mask is None:
-        return F.mse_loss(_precise(student), _precise(teacher))
+        return F.mse_loss(precise(student), precise(teacher))
     real = attention_mask.bool()
-    return F.mse_loss(_precise(student[real]), _precise(teacher[real]))
+    return F.mse_loss(precise(student[real]), precise(teacher[real]))
 
 
 def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None) -> Tensor:
@@ -99,8 +93,8 @@ def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None
             and over all heads.
     """
     if pairs is None:
-        return F.mse_loss(_precise(student), _precise(teacher))
-    difference = (_precise(student) - _precise(teacher)).masked_fill(~pairs, 0.0)  # (B, H, S, S)
+        return F.mse_loss(precise(student), precise(teacher))
+    difference = (precise(student) - precise(teacher)).masked_fill(~pairs, 0.0)  # (B, H, S, S)
     return difference.square().sum() / pairs.expand_as(student).sum()
 
 
@@ -288,6 +282,9 @@ class DistillationLoss(nn.Module):
                 )
             return attention_loss(*compared, pairs_that_count(None, attention_mask))
         pairs = pairs_that_count(student.attended, attention_mask)
+        if self.attention_target == "scores" and all(isinstance(recorded, QueryKey) for recorded in compared):
+            (query, key, _), (their_query, their_key, _) = compared
+            return ScoreDifference.apply(query, key, their_query, their_key, pairs)
         scores = [recorded.scores() for recorded in compared]
         if self.attention_target == "probs":
             scores = [_masked(each, student.attended, attention_mask).softmax(-1) for each in scores]

@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import hdlib
+from hdlib import fused
+from hdlib.cost import peak_memory
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
 
@@ -33,6 +36,59 @@ def test_mlm_loss_is_the_mean_negative_log_probability():
     logits, labels = torch.randn(5, 9), torch.tensor([0, 8, 3, 3, 1])
     expected = -np.log(softmax(logits.numpy())[np.arange(5), labels.numpy()]).mean()
     assert mlm_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**19])  # rows by one, in pieces that do not divide them, all at once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunked_terms_and_their_gradients_are_those_of_automatic_differentiation(chunk, dtype, monkeypatch):
+    monkeypatch.setitem(fused.PIECE, "cpu", chunk)
+    teacher, labels = 3 * torch.randn(7, 11, dtype=dtype), torch.tensor([0, 10, -100, 3, 3, -100, 7])
+    logits = [(3 * teacher.flip(0)).requires_grad_() for _ in range(2)]
+    found = 0.3 * mlm_loss(logits[0], labels) + 0.7 * prediction_loss(logits[0], teacher, 2.0)
+    log_shares = [torch.log_softmax(each / 2.0, -1) for each in (logits[1], teacher)]
+    plain = 0.3 * functional.cross_entropy(logits[1], labels)
+    plain = plain + 0.7 * 4 * functional.kl_div(*log_shares, reduction="batchmean", log_target=True)
+    for loss in (found, plain):
+        loss.backward()
+    tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 1e-6 if dtype == torch.float32 else 1e-13}
+    torch.testing.assert_close(found, plain, **tolerance)
+    torch.testing.assert_close(logits[0].grad, logits[1].grad, **tolerance)
+
+
+@pytest.mark.parametrize("piece", [1, 2 * 3 * 25, 2**19])
+@pytest.mark.parametrize("masked", ["nothing", "the future", "padding"])
+def test_score_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, masked, monkeypatch):
+    monkeypatch.setitem(fused.PIECE, "cpu", piece)
+    widths = {"nothing": (4, 4), "the future": (2, 4), "padding": (3, 3)}[
+        masked
+    ]  # of a student's head, and a teacher's
+    ours, theirs = (
+        [torch.randn(4, 5, 3, width, dtype=torch.float64).transpose(1, 2) for _ in range(2)] for width in widths
+    )
+    real = torch.tensor([5, 4, 5, 2])[:, None] > torch.arange(5)
+    pairs = {
+        "nothing": None,
+        "the future": torch.ones(5, 5, dtype=torch.bool).tril()[None, None],
+        "padding": pairs_that_count(None, real),
+    }[masked]
+    copies = [[each.clone().requires_grad_() for each in ours] for _ in range(2)]
+    found = fused.ScoreDifference.apply(*copies[0], *theirs, pairs)
+    plain = attention_loss(copies[1][0] @ copies[1][1].mT, theirs[0] @ theirs[1].mT, pairs)
+    for loss in (0.3 * found, 0.3 * plain):
+        loss.backward()
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+    for one, other in zip(*copies, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
+    assert fused.ScoreDifference.apply(*theirs, *theirs, pairs).item() == 0.0
+
+
+def test_chunked_terms_hold_no_more_than_the_gradient():
+    """Beside logits and their gradient, a chunk at a time: float32 copies of all logits would be four times as much."""
+    student, teacher = (torch.randn(64, 30522, dtype=torch.bfloat16) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.arange(64)
+    held = peak_memory(lambda: (mlm_loss(student, labels) + prediction_loss(student, teacher)).backward())
+    assert held < 8 * student.nbytes, "three gradients of the logits' size, their sum, and a few chunks"
 
 
 def test_padding_does_not_count():
