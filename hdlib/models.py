@@ -172,7 +172,7 @@ def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family(model).causal:
         inputs["use_cache"] = False
-    with _recording_once(model), _head_at(model, positions), _SoftmaxInputs(not model._supports_sdpa) as seen:
+    with _recording_once(model), head_at(model, positions), _SoftmaxInputs(not model._supports_sdpa) as seen:
         outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
     if seen.scores:
         outputs.attentions = tuple(Scores.of(scores) for scores in seen.scores)
@@ -190,7 +190,7 @@ def _recording_once(model: PreTrainedModel):
 
 
 @contextmanager
-def _head_at(model: PreTrainedModel, positions: Tensor | None):
+def head_at(model: PreTrainedModel, positions: Tensor | None):
     """Let the head see the last hidden state (B, S, D) at some positions only, as (N, D).
 
     The vocabulary is the most expensive layer: at 15 % of the positions it costs 15 %, and no

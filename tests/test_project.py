@@ -4,7 +4,6 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from statistics import median
 
 import nbformat
 import pandas as pd
@@ -14,7 +13,8 @@ import torch
 import yaml
 
 import hdlib
-from experiments.prune_cost import measure
+from experiments.bench import prune
+from experiments.bench.work import Setting
 from hdlib.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -185,5 +185,4 @@ def test_the_embedded_teacher_is_what_its_card_says():
 
 def test_a_prune_costs_little():
     """Scores to narrowed model and optimiser, on a BERT-base shape: a tenth of one forward and backward at most."""
-    seconds = measure(turns=2, beside=False)
-    assert median(seconds["prune"]) <= 0.1 * median(seconds["forward_backward"])
+    assert prune.measure(Setting(turns=2)).loc["one prune", "of forward and backward"] <= 0.1

@@ -1,0 +1,49 @@
+"""What a step costs, one table a question: `python -m experiments.bench [run step memory prune peers student]`.
+
+Whatever a table compares takes turns in one run, and a ratio is the median over the turns: only ratios mean anything
+on a shared machine. Models are random, in a real shape, since a cost depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from . import memory, peers, prune, step, student, whole_run
+from .work import SHAPES, Setting
+
+QUESTIONS = {"run": whole_run, "step": step, "memory": memory, "prune": prune, "peers": peers, "student": student}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("questions", nargs="*", default=list(QUESTIONS), help=", ".join(QUESTIONS), metavar="QUESTION")
+    parser.add_argument("--shape", choices=SHAPES, default="base")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    parser.add_argument("--turns", type=int, default=5, help="how often everything is measured")
+    parser.add_argument("--results", type=Path, help="write the tables here too, a JSON file for each question")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.questions if name not in QUESTIONS]:
+        parser.error(f"there is no question {', '.join(unknown)}; there are: {', '.join(QUESTIONS)}")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    sizes = (arguments.shape, arguments.batch_size, arguments.length, arguments.precision)
+    setting = Setting(*sizes, device, arguments.turns)
+    for name in arguments.questions:
+        module = QUESTIONS[name]
+        print(f"\n{name}: {module.__doc__.splitlines()[0]}\n{setting}\n", flush=True)
+        table = module.measure(setting)
+        print(table.round(3).to_string(), flush=True)
+        if arguments.results:
+            arguments.results.mkdir(parents=True, exist_ok=True)
+            found = {"setting": str(setting), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            found["table"] = json.loads(table.round(5).reset_index().to_json(orient="records"))
+            (arguments.results / f"bench_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

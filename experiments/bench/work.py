@@ -1,0 +1,118 @@
+"""What the tables measure: one step of distillation on random models of a real shape. A cost depends on shapes alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
+
+import hdlib
+from hdlib.losses import IGNORED, TERMS, DistillationLoss, LossTerms
+from hdlib.models import forward, head_at, recording, student_of
+
+SHAPES = {
+    "base": {},  # BERT-base: 12 layers of 768 / 3072, 12 heads
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96},  # shows that everything runs
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which shape, how many tokens a step, and on what."""
+
+    shape: str = "base"
+    batch_size: int = 8
+    length: int = 128
+    precision: str = "float32"
+    device: torch.device = torch.device("cpu")
+    turns: int = 5
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.batch_size} x {self.length} tokens, {self.precision}, {self.device.type}"
+
+    def teacher(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return BertForMaskedLM(BertConfig(**SHAPES[self.shape])).eval().requires_grad_(False).to(self.device)
+
+    def autocast(self):
+        return nullcontext() if self.precision == "float32" else torch.autocast(self.device.type, torch.bfloat16)
+
+
+class Work:
+    """A teacher, a student of a kept fraction of its widths, and a batch with 15 % of its tokens masked."""
+
+    def __init__(self, setting: Setting, ratio: float = 1.0):
+        self.setting = setting
+        self.teacher = setting.teacher()
+        self.student = student_of(self.teacher)
+        if ratio < 1:
+            hdlib.narrow(self.student, hdlib.Widths.at(self.student, ratio))
+        self.input_ids = torch.randint(1000, 30000, (setting.batch_size, setting.length), device=setting.device)
+        self.labels = torch.where(
+            torch.rand(self.input_ids.shape, device=setting.device) < 0.15, self.input_ids, IGNORED
+        )
+        self.importance = hdlib.scorer("sensitivity")
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
+
+    def loss(self, *terms: str) -> DistillationLoss:
+        """The distillation loss of these terms only; all five if none is named."""
+        config = self.teacher.config
+        weights = {term: float(term in (terms or TERMS)) for term in TERMS}
+        sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+        loss = DistillationLoss(*sizes, student_hidden_size=self.student.config.hidden_size, **weights)
+        return loss.to(self.setting.device)
+
+    def backward(self, loss: DistillationLoss) -> LossTerms:
+        """What the loop does: both forwards, the loss, the backward. Both models are to be `recording`."""
+        self.student.zero_grad()
+        loss.zero_grad()
+        positions = loss.looked_at(self.labels)
+        with self.setting.autocast():
+            with torch.no_grad():
+                theirs = forward(self.teacher, self.input_ids, positions)
+            terms = loss(forward(self.student, self.input_ids, positions), theirs, self.labels)
+        terms.total.backward()
+        return terms
+
+    def floor(self) -> None:
+        """The least that a step of distillation can be: the teacher's forward, and masked words learned by the student."""
+        self.student.zero_grad()
+        positions = self.labels != IGNORED
+        with self.setting.autocast():
+            with torch.no_grad(), head_at(self.teacher, positions):
+                self.teacher(self.input_ids)
+            with head_at(self.student, positions):
+                logits = self.student(self.input_ids).logits
+            loss = F.cross_entropy(logits.float(), self.labels[positions])
+        loss.backward()
+
+    def naive(self) -> None:
+        """The same five terms as most distillation code writes them: eager attention, logits of all words."""
+        self.student.zero_grad()
+        asked = {"output_hidden_states": True, "output_attentions": True}
+        with self.setting.autocast():
+            with torch.no_grad():
+                theirs = self.teacher(self.input_ids, **asked)
+            ours = self.student(self.input_ids, labels=self.labels, **asked)
+            prediction = F.kl_div(
+                F.log_softmax(ours.logits, -1), F.log_softmax(theirs.logits, -1), reduction="batchmean", log_target=True
+            )
+            width = ours.hidden_states[0].shape[-1]
+            states = [
+                F.mse_loss(one, other[..., :width])
+                for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True)
+            ]
+            attention = [F.mse_loss(one, other) for one, other in zip(ours.attentions, theirs.attentions, strict=True)]
+            total = ours.loss + prediction + sum(states) + sum(attention)
+        total.backward()
+
+    def recording(self):
+        return recording(self.teacher, self.student)
+
+    def eager(self) -> None:
+        for model in (self.teacher, self.student):
+            model.set_attn_implementation("eager")

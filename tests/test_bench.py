@@ -1,0 +1,46 @@
+"""Every table of the benchmarks on a tiny model: that they run, and that what they compare is what they say."""
+
+import pytest
+import torch
+
+from experiments.bench import memory, step, student, whole_run
+from experiments.bench.__main__ import QUESTIONS
+from experiments.bench.work import Setting, Work
+
+TINY = Setting("tiny", batch_size=2, length=16, turns=1)
+
+
+def test_a_whole_run_counts_what_it_did():
+    table = whole_run.measure(TINY)
+    assert (table.loc[["narrowing", "under masks"], "seconds"] > 0).all()
+    assert table.loc["ratio", "teraflop"] > 1.2, "a narrowing run has fewer operations"
+    # Under masks every step is a teacher's forward and three of the same: four.
+    wide = whole_run._forward(TINY.teacher().config, TINY)
+    assert table.loc["under masks", "teraflop"] * 1e12 == pytest.approx(4 * whole_run.STEPS * wide)
+
+
+def test_a_step_is_more_than_its_floor_and_holds_less_than_the_naive_one():
+    found = step.measure(TINY)
+    assert set(found.index.get_level_values("kept")) == set(step.RATIOS)
+    assert (found.xs("floor", level="what")["of floor"] == 1.0).all()
+    found = memory.measure(Setting("tiny", batch_size=2, length=128))
+    assert found.loc["floor", "megabytes"] <= found.loc["step", "megabytes"] < found.loc["naive", "megabytes"]
+
+
+def test_the_naive_step_is_the_same_loss():
+    """Twice the same weights: the distillation terms are 0 in both, and the masked words are equally hard."""
+    work = Work(TINY)
+    with work.recording():
+        terms = work.backward(work.loss())
+    ours = {name: parameter.grad.clone() for name, parameter in work.student.named_parameters()}
+    work.eager()
+    work.naive()
+    assert terms.prediction.item() == terms.hidden.item() == terms.attention.item() == 0.0
+    for name, parameter in work.student.named_parameters():
+        torch.testing.assert_close(parameter.grad, ours[name], rtol=1e-4, atol=1e-6)
+
+
+def test_students_promise_what_their_operations_say():
+    found = student.measure(TINY)
+    assert found.loc[1.0, "times fewer operations"] == 1.0 < found.loc[0.29, "times fewer operations"]
+    assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student"]
