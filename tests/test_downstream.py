@@ -443,6 +443,19 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
         downstream.score(**ask, folder=tmp_path, batch_size=16)
 
 
+def test_a_checkpoint_may_be_made_for_each_seed(easy, tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(checkpoint, task, data, config, save_to=None):
+        trained.append((checkpoint, config.seed))
+        return {"f1": 0.5, "accuracy": 0.5, "seconds": 1.0}
+
+    monkeypatch.setattr(downstream.scoring, "finetune", pretend)
+    ask = {"checkpoints": {"A": "a-{}".format}, "tasks": {"easy": easy}, "learning_rates": [1e-3, 1e-2]}
+    downstream.score(**ask, seeds=[1, 2], folder=tmp_path)
+    assert trained == [("a-0", 0), ("a-0", 0), ("a-1", 1), ("a-2", 2)], "the tuning seed has one of its own"
+
+
 def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monkeypatch):
     def pretend(checkpoint, task, data, config, save_to=None):
         if config.learning_rate == 1e-1:
