@@ -413,7 +413,7 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
         good = {("a", 1e-3): 0.5, ("a", 1e-2): 0.7, ("b", 1e-3): 0.6, ("b", 1e-2): 0.4}[
             checkpoint, config.learning_rate
         ]
-        return {"f1": good + config.seed / 100, "accuracy": 1 - good, "seconds": 1.0}
+        return {"f1": good + config.seed**2 / 100, "accuracy": 1 - good, "seconds": 1.0}
 
     monkeypatch.setattr(downstream.scoring, "finetune", pretend)
     ask = {
@@ -426,10 +426,10 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
     assert len(trained) == 2 * (2 + 3), "each rate on the tuning seed, the best on the others"
     by_model = table.set_index("model")
     assert set(by_model.loc["A", "learning_rate"]) == {1e-2} and set(by_model.loc["B", "learning_rate"]) == {1e-3}
-    assert list(by_model.loc["A", "score"]) == pytest.approx([0.71, 0.72, 0.73])
+    assert list(by_model.loc["A", "score"]) == pytest.approx([0.71, 0.74, 0.79])
     assert downstream.summary(table)["easy"].to_dict() == {
-        "A": "72.0 [71.0, 73.0]",
-        "B": "62.0 [61.0, 63.0]",
+        "A": "74.0 [71.0, 79.0]",
+        "B": "64.0 [61.0, 69.0]",
         "majority": "0.0",
         "bag_of_words": f"{100 * by_model.loc['bag_of_words', 'score']:.1f}",
     }
@@ -441,6 +441,19 @@ def test_a_table_over_checkpoints_tasks_and_seeds(easy, tmp_path, monkeypatch):
     assert len(trained) == 10 and only["seed"].dropna().tolist() == [1, 1]
     with pytest.raises(ValueError, match="a training with other settings: batch_size was 32, is 16"):
         downstream.score(**ask, folder=tmp_path, batch_size=16)
+
+
+def test_a_checkpoint_may_be_made_for_each_seed(easy, tmp_path, monkeypatch):
+    trained = []
+
+    def pretend(checkpoint, task, data, config, save_to=None):
+        trained.append((checkpoint, config.seed))
+        return {"f1": 0.5, "accuracy": 0.5, "seconds": 1.0}
+
+    monkeypatch.setattr(downstream.scoring, "finetune", pretend)
+    ask = {"checkpoints": {"A": "a-{}".format}, "tasks": {"easy": easy}, "learning_rates": [1e-3, 1e-2]}
+    downstream.score(**ask, seeds=[1, 2], folder=tmp_path)
+    assert trained == [("a-0", 0), ("a-0", 0), ("a-1", 1), ("a-2", 2)], "the tuning seed has one of its own"
 
 
 def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monkeypatch):
