@@ -1,4 +1,4 @@
-"""A whole run that narrows against the dense baseline under masks: the same data, steps and arguments, step by step in turns."""
+"""A whole run that narrows against the dense baseline under masks, the same but for that, step by step in turns."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the tables measure: one step of distillation on random models of a real shape. A cost depends on shapes alone."""
+"""What the tables measure: one step of distillation, on random models of a real shape."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
@@ -28,7 +28,7 @@ class Setting:
     batch_size: int = 8
     length: int = 128
     precision: str = "float32"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     turns: int = 5
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Work:
         return terms
 
     def floor(self) -> None:
-        """The least that a step of distillation can be: the teacher's forward, and masked words learned by the student."""
+        """The least that a step can be: the teacher's forward, and masked words learned by the student."""
         self.student.zero_grad()
         positions = self.labels != IGNORED
         with self.setting.autocast():
