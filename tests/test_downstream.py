@@ -93,7 +93,7 @@ def write(folder: Path, train: dict, validation: dict | None, kind: str = "parqu
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl"])
 def test_a_table_reads_alike_from_every_kind_of_file(tmp_path, kind):
-    table = rows(sentence=["None", "NA", *(f'he said "{text}"' for text in sentences(6))])
+    table = rows(sentence=["None", "NA", '"begun and not ended', *(f'he said "{text}"' for text in sentences(5))])
     found = load_task("cola", write(tmp_path / "cola", table, rows(4), kind))
     assert found["train"].to_dict() == {"text": table["sentence"], "label": table["label"]}
     assert found["validation"].num_rows == 4 and found["train"].features["label"].names == ["0", "1"]
@@ -136,12 +136,31 @@ def test_a_regression_reads_numbers(tmp_path):
         (Task(name="cola"), rows(label=["x", "y"] * 4), rows(label=["x", "z"] * 4), "the label 'z'.*has: 'x', 'y'"),
         (Task(name="cola"), rows(label=[0.5, 1.5] * 4), rows(), "numbers that are no classes: say regression=True"),
         (Task(name="cola", regression=True), rows(label=["good", "bad"] * 4), rows(), "'good' in 'label', and a regr"),
+        (
+            Task(name="cola", regression=True),
+            rows(label=[0.5, np.inf] * 4),
+            rows(),
+            "row 1 has inf in 'label', and a r",
+        ),
     ],
 )
 def test_tables_that_cannot_be_are_named_before_training(tmp_path, task, train, validation, message):
     source = write(tmp_path / "cola", train, validation)
     with pytest.raises(ValueError, match=message):
         load_task(task, source)
+
+
+def test_glue_is_measured_as_its_authors_do():
+    """Wang et al., 2019: the measure that decides, and the part that dev scores are of."""
+    decisive = {name: task.measures[0] for name, task in downstream.GLUE.items()}
+    assert decisive == {
+        **dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli"], "accuracy"),
+        **dict.fromkeys(["mrpc", "qqp"], "f1"),
+        "cola": "matthews",
+        "stsb": "spearman",
+    }
+    held_out = {name: task.held_out for name, task in downstream.GLUE.items()}
+    assert held_out == dict.fromkeys(decisive, "validation") | {"mnli": "validation_matched"}
 
 
 def test_neither_folder_nor_hub(tmp_path):
