@@ -109,6 +109,14 @@ def test_two_texts_names_of_classes_and_a_part_of_another_name(tmp_path):
     assert found["train"].features["label"].names == ["even", "odd"]
 
 
+def test_names_of_classes_that_come_with_a_table_stay(tmp_path):
+    kinds = Features({"sentence": Value("string"), "label": ClassLabel(names=["unacceptable", "acceptable"])})
+    (tmp_path / "cola").mkdir()
+    for part in ("train", "validation"):
+        Dataset.from_dict(rows(4), kinds).to_parquet(tmp_path / "cola" / f"{part}.parquet")
+    assert load_task("cola", tmp_path)["train"].features["label"].names == ["unacceptable", "acceptable"]
+
+
 def test_a_regression_reads_numbers(tmp_path):
     table = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 4.5]}
     found = load_task("stsb", write(tmp_path / "stsb", table, table))
@@ -133,6 +141,7 @@ def test_a_regression_reads_numbers(tmp_path):
         ("cola", rows(label=[0, None] * 4), rows(), "row 1 has the label nan|row 1 has the label None"),
         ("cola", rows(sentence=["a", None] * 4), rows(), r"\(train\): row 1 has no text in 'sentence' but None"),
         (Task(name="cola"), rows(label=["x"] * 8), rows(), "the training part has one class only, 'x'"),
+        (Task(name="cola"), rows(label=["x", None] * 4), rows(), r"\(train\): row 1 has no label"),
         (Task(name="cola"), rows(label=["x", "y"] * 4), rows(label=["x", "z"] * 4), "the label 'z'.*has: 'x', 'y'"),
         (Task(name="cola"), rows(label=[0.5, 1.5] * 4), rows(), "numbers that are no classes: say regression=True"),
         (Task(name="cola", regression=True), rows(label=["good", "bad"] * 4), rows(), "'good' in 'label', and a regr"),
@@ -503,6 +512,7 @@ def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monke
         ("Denver Broncos", ["Broncos"], 0, 2 / 3),  # precision 1/2, recall 1
         ("Broncos", ["Denver Broncos", "the Broncos"], 1, 1),  # the answer that fits best
         ("new new york", ["new york york"], 0, 2 / 3),  # words count as often as both have them
+        ("york new new", ["new new"], 0, 4 / 5),
         ("", [], 1, 1),  # no answer, and none given
         ("something", [], 0, 0),
         ("", ["something"], 0, 0),
