@@ -176,6 +176,8 @@ command.main()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background lets all that they start ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waiting = folder / "cells" / "arms=slow,seeds=1.unfinished" / "log.txt"
     for _ in range(600):
