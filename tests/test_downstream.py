@@ -15,13 +15,14 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from scipy import stats
 from sklearn import metrics
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hdlib import downstream
 from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
 from hdlib.downstream.finetuning import _tokenised as tokenised
 from hdlib.downstream.metrics import MEASURES, measure
-from hdlib.downstream.squad import best_spans, score_answers
+from hdlib.downstream.probes import _swap
+from hdlib.downstream.squad import _targets, _windows, best_spans, score_answers
 
 from conftest import WORDS, random_bert, sentences
 
@@ -257,6 +258,12 @@ def test_swapped_words_change_places_and_nothing_else(documentation):
         changed = [i for i, (a, b) in enumerate(zip(words, intact, strict=True)) if a != b]
         assert len(changed) == (0 if row["label"] else 2)
         assert words[0] == intact[0] and words[-1] == intact[-1]
+
+
+def test_words_that_change_places_are_different_ones():
+    text = "first same Same same other same last"
+    swapped = {_swap(text, random.Random(seed)) for seed in range(50)}
+    assert len(swapped) == 4 and text.lower() not in {each.lower() for each in swapped}, "other, with each of the four"
 
 
 def test_an_unknown_probe(documentation):
@@ -603,7 +610,33 @@ def test_squad_is_learned_in_windows_with_and_without_answers(checkpoint):
     assert found["exact"] > 0.9 and found["answerable_f1"] > 0.85 and found["unanswerable_f1"] > 0.85
 
 
-def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path):
+def _tokenizer_and(checkpoint, settings: dict):
+    return AutoTokenizer.from_pretrained(checkpoint), SquadConfig(**settings)
+
+
+def test_a_window_that_holds_part_of_the_answer_has_none(tokenizer):
+    context = "a step " * 12
+    batch = questions((context, "a", [("step a", 44)])).to_dict()
+    windows = _targets(_windows(batch, tokenizer, SquadConfig(length=14, stride=3)), batch, tokenizer.cls_token_id)
+    parts = 0
+    for ids, offsets, start, end in zip(
+        *(windows[name] for name in ("input_ids", "offsets", "start_positions", "end_positions")), strict=True
+    ):
+        inside = [offset for offset in offsets if offset[0] >= 0]
+        if inside[0][0] <= 44 and inside[-1][1] >= 50:
+            assert context[offsets[start][0] : offsets[end][1]] == "step a"
+        else:
+            assert start == end == ids.index(tokenizer.cls_token_id)
+            parts += inside[0][0] < 50 and inside[-1][1] > 44
+    assert parts and max(windows["start_positions"]) > 0, "windows with a part of it and with all of it are there"
+
+
+def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    trained = downstream.squad.train_with
+    monkeypatch.setattr(
+        downstream.squad, "train_with", lambda model, rows, *rest: seen.append(len(rows)) or trained(model, rows, *rest)
+    )
     for part, seed in (("train", 1), ("validation", 2)):
         (tmp_path / "squad_v2").mkdir(exist_ok=True)
         find_the_neuron(60, seed, True).to_parquet(tmp_path / "squad_v2" / f"{part}.parquet")
@@ -613,6 +646,8 @@ def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path):
     assert list(table["model"]) == ["A", "majority"]
     assert table["score"][1] == table["f1"][1] == pytest.approx(1 / 3), "a third of the questions have no answer"
     kept = json.loads(next((tmp_path / "trained").glob("*.json")).read_text())
+    whole = len(_windows(find_the_neuron(60, 1, True).to_dict(), *_tokenizer_and(checkpoint, settings))["row"])
+    assert 30 <= seen[0] < 0.7 * whole, "half of the questions"
     assert kept["settings"]["stride"] == 8 and kept["found"]["exact"] == table["exact"][0]
 
 
