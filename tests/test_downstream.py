@@ -615,20 +615,22 @@ def _tokenizer_and(checkpoint, settings: dict):
 
 
 def test_a_window_that_holds_part_of_the_answer_has_none(tokenizer):
-    context = "a step " * 12
-    batch = questions((context, "a", [("step a", 44)])).to_dict()
-    windows = _targets(_windows(batch, tokenizer, SquadConfig(length=14, stride=3)), batch, tokenizer.cls_token_id)
-    parts = 0
-    for ids, offsets, start, end in zip(
-        *(windows[name] for name in ("input_ids", "offsets", "start_positions", "end_positions")), strict=True
-    ):
-        inside = [offset for offset in offsets if offset[0] >= 0]
-        if inside[0][0] <= 44 and inside[-1][1] >= 50:
-            assert context[offsets[start][0] : offsets[end][1]] == "step a"
-        else:
-            assert start == end == ids.index(tokenizer.cls_token_id)
-            parts += inside[0][0] < 50 and inside[-1][1] > 44
-    assert parts and max(windows["start_positions"]) > 0, "windows with a part of it and with all of it are there"
+    context, begun, ended = "a step " * 12, 0, 0
+    for begin in range(9, 72, 7):
+        batch = questions((context, "a", [("step a", begin)])).to_dict()
+        windows = _targets(_windows(batch, tokenizer, SquadConfig(length=14, stride=3)), batch, tokenizer.cls_token_id)
+        for ids, offsets, start, end in zip(
+            *(windows[name] for name in ("input_ids", "offsets", "start_positions", "end_positions")), strict=True
+        ):
+            inside = [offset for offset in offsets if offset[0] >= 0]
+            first, last = inside[0][0], inside[-1][1]
+            if first <= begin and last >= begin + 6:
+                assert context[offsets[start][0] : offsets[end][1]] == "step a"
+            else:
+                assert start == end == ids.index(tokenizer.cls_token_id)
+                begun += first <= begin < last
+                ended += first < begin + 6 <= last
+    assert begun and ended, "windows with the beginning only, and with the end only, are there"
 
 
 def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path, monkeypatch):
