@@ -15,13 +15,14 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from scipy import stats
 from sklearn import metrics
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hdlib import downstream
 from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
 from hdlib.downstream.finetuning import _tokenised as tokenised
 from hdlib.downstream.metrics import MEASURES, measure
-from hdlib.downstream.squad import best_spans, score_answers
+from hdlib.downstream.probes import _swap
+from hdlib.downstream.squad import _targets, _windows, best_spans, score_answers
 
 from conftest import WORDS, random_bert, sentences
 
@@ -93,7 +94,7 @@ def write(folder: Path, train: dict, validation: dict | None, kind: str = "parqu
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl"])
 def test_a_table_reads_alike_from_every_kind_of_file(tmp_path, kind):
-    table = rows(sentence=["None", "NA", *(f'he said "{text}"' for text in sentences(6))])
+    table = rows(sentence=["None", "NA", '"begun and not ended', *(f'he said "{text}"' for text in sentences(5))])
     found = load_task("cola", write(tmp_path / "cola", table, rows(4), kind))
     assert found["train"].to_dict() == {"text": table["sentence"], "label": table["label"]}
     assert found["validation"].num_rows == 4 and found["train"].features["label"].names == ["0", "1"]
@@ -107,6 +108,14 @@ def test_two_texts_names_of_classes_and_a_part_of_another_name(tmp_path):
     found = load_task(task, tmp_path)
     assert found["validation"].to_dict() == {"text": table["first"], "pair": table["second"], "label": [1, 0, 1]}
     assert found["train"].features["label"].names == ["even", "odd"]
+
+
+def test_names_of_classes_that_come_with_a_table_stay(tmp_path):
+    kinds = Features({"sentence": Value("string"), "label": ClassLabel(names=["unacceptable", "acceptable"])})
+    (tmp_path / "cola").mkdir()
+    for part in ("train", "validation"):
+        Dataset.from_dict(rows(4), kinds).to_parquet(tmp_path / "cola" / f"{part}.parquet")
+    assert load_task("cola", tmp_path)["train"].features["label"].names == ["unacceptable", "acceptable"]
 
 
 def test_a_regression_reads_numbers(tmp_path):
@@ -133,15 +142,35 @@ def test_a_regression_reads_numbers(tmp_path):
         ("cola", rows(label=[0, None] * 4), rows(), "row 1 has the label nan|row 1 has the label None"),
         ("cola", rows(sentence=["a", None] * 4), rows(), r"\(train\): row 1 has no text in 'sentence' but None"),
         (Task(name="cola"), rows(label=["x"] * 8), rows(), "the training part has one class only, 'x'"),
+        (Task(name="cola"), rows(label=["x", None] * 4), rows(), r"\(train\): row 1 has no label"),
         (Task(name="cola"), rows(label=["x", "y"] * 4), rows(label=["x", "z"] * 4), "the label 'z'.*has: 'x', 'y'"),
         (Task(name="cola"), rows(label=[0.5, 1.5] * 4), rows(), "numbers that are no classes: say regression=True"),
         (Task(name="cola", regression=True), rows(label=["good", "bad"] * 4), rows(), "'good' in 'label', and a regr"),
+        (
+            Task(name="cola", regression=True),
+            rows(label=[0.5, np.inf] * 4),
+            rows(),
+            "row 1 has inf in 'label', and a r",
+        ),
     ],
 )
 def test_tables_that_cannot_be_are_named_before_training(tmp_path, task, train, validation, message):
     source = write(tmp_path / "cola", train, validation)
     with pytest.raises(ValueError, match=message):
         load_task(task, source)
+
+
+def test_glue_is_measured_as_its_authors_do():
+    """Wang et al., 2019: the measure that decides, and the part that dev scores are of."""
+    decisive = {name: task.measures[0] for name, task in downstream.GLUE.items()}
+    assert decisive == {
+        **dict.fromkeys(["sst2", "mnli", "qnli", "rte", "wnli"], "accuracy"),
+        **dict.fromkeys(["mrpc", "qqp"], "f1"),
+        "cola": "matthews",
+        "stsb": "spearman",
+    }
+    held_out = {name: task.held_out for name, task in downstream.GLUE.items()}
+    assert held_out == dict.fromkeys(decisive, "validation") | {"mnli": "validation_matched"}
 
 
 def test_neither_folder_nor_hub(tmp_path):
@@ -229,6 +258,12 @@ def test_swapped_words_change_places_and_nothing_else(documentation):
         changed = [i for i, (a, b) in enumerate(zip(words, intact, strict=True)) if a != b]
         assert len(changed) == (0 if row["label"] else 2)
         assert words[0] == intact[0] and words[-1] == intact[-1]
+
+
+def test_words_that_change_places_are_different_ones():
+    text = "first same Same same other same last"
+    swapped = {_swap(text, random.Random(seed)) for seed in range(50)}
+    assert len(swapped) == 4 and text.lower() not in {each.lower() for each in swapped}, "other, with each of the four"
 
 
 def test_an_unknown_probe(documentation):
@@ -484,6 +519,7 @@ def test_a_rate_that_comes_apart_has_lost_and_ends_nothing(easy, tmp_path, monke
         ("Denver Broncos", ["Broncos"], 0, 2 / 3),  # precision 1/2, recall 1
         ("Broncos", ["Denver Broncos", "the Broncos"], 1, 1),  # the answer that fits best
         ("new new york", ["new york york"], 0, 2 / 3),  # words count as often as both have them
+        ("york new new", ["new new"], 0, 4 / 5),
         ("", [], 1, 1),  # no answer, and none given
         ("something", [], 0, 0),
         ("", ["something"], 0, 0),
@@ -574,7 +610,35 @@ def test_squad_is_learned_in_windows_with_and_without_answers(checkpoint):
     assert found["exact"] > 0.9 and found["answerable_f1"] > 0.85 and found["unanswerable_f1"] > 0.85
 
 
-def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path):
+def _tokenizer_and(checkpoint, settings: dict):
+    return AutoTokenizer.from_pretrained(checkpoint), SquadConfig(**settings)
+
+
+def test_a_window_that_holds_part_of_the_answer_has_none(tokenizer):
+    context, begun, ended = "a step " * 12, 0, 0
+    for begin in range(9, 72, 7):
+        batch = questions((context, "a", [("step a", begin)])).to_dict()
+        windows = _targets(_windows(batch, tokenizer, SquadConfig(length=14, stride=3)), batch, tokenizer.cls_token_id)
+        for ids, offsets, start, end in zip(
+            *(windows[name] for name in ("input_ids", "offsets", "start_positions", "end_positions")), strict=True
+        ):
+            inside = [offset for offset in offsets if offset[0] >= 0]
+            first, last = inside[0][0], inside[-1][1]
+            if first <= begin and last >= begin + 6:
+                assert context[offsets[start][0] : offsets[end][1]] == "step a"
+            else:
+                assert start == end == ids.index(tokenizer.cls_token_id)
+                begun += first <= begin < last
+                ended += first < begin + 6 <= last
+    assert begun and ended, "windows with the beginning only, and with the end only, are there"
+
+
+def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    trained = downstream.squad.train_with
+    monkeypatch.setattr(
+        downstream.squad, "train_with", lambda model, rows, *rest: seen.append(len(rows)) or trained(model, rows, *rest)
+    )
     for part, seed in (("train", 1), ("validation", 2)):
         (tmp_path / "squad_v2").mkdir(exist_ok=True)
         find_the_neuron(60, seed, True).to_parquet(tmp_path / "squad_v2" / f"{part}.parquet")
@@ -584,6 +648,8 @@ def test_squad_stands_in_a_table_like_any_task(checkpoint, tmp_path):
     assert list(table["model"]) == ["A", "majority"]
     assert table["score"][1] == table["f1"][1] == pytest.approx(1 / 3), "a third of the questions have no answer"
     kept = json.loads(next((tmp_path / "trained").glob("*.json")).read_text())
+    whole = len(_windows(find_the_neuron(60, 1, True).to_dict(), *_tokenizer_and(checkpoint, settings))["row"])
+    assert 30 <= seen[0] < 0.7 * whole, "half of the questions"
     assert kept["settings"]["stride"] == 8 and kept["found"]["exact"] == table["exact"][0]
 
 
