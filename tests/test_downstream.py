@@ -345,7 +345,7 @@ def test_a_regression_is_learned(checkpoint, easy):
     )
     task = Task(name="length", texts=("text",), regression=True, measures=("spearman", "pearson"), epochs=8)
     found = downstream.finetune(checkpoint, task, data, FineTuneConfig(**QUICK))
-    assert found["spearman"] > 0.6 and found["pearson"] > 0.6
+    assert found["spearman"] > 0.6 and found["pearson"] > 0.9
     assert downstream.baselines(task, data).set_index("model").loc["majority", "score"] == 0.0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
@@ -74,7 +75,7 @@ def finetune(
 
     Raises:
         ValueError: the checkpoint lacks weights other than the new head's, which would be random, or cannot be opened.
-        ArithmeticError: training came apart: there are weights that are not finite.
+        ArithmeticError: training came apart: there are weights or logits that are not finite.
     """
     set_seed(config.seed)  # before the head is made
     model, tokenizer = _open(checkpoint, task, data)
@@ -86,6 +87,11 @@ def finetune(
     trainer, seconds = train_with(model, train, config, epochs, collator, train_sampling_strategy="group_by_length")
     logits, labels, _ = trainer.predict(held_out)  # (N, classes) or (N, 1), and (N,): by length, not in the rows' order
     predictions = logits[:, 0] if task.regression else logits.argmax(-1)
+    if not np.isfinite(logits).all():
+        raise ArithmeticError(
+            f"fine-tuning {checkpoint} on {task.name} came apart: its logits are not finite. "
+            f"Lower learning_rate (now {config.learning_rate:g})"
+        )
     if save_to is not None:
         trainer.save_model(str(save_to))
         tokenizer.save_pretrained(str(save_to))
