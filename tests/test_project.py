@@ -184,5 +184,8 @@ def test_the_embedded_teacher_is_what_its_card_says():
 
 
 def test_a_prune_costs_little():
-    """Scores to narrowed model and optimiser, on a BERT-base shape: a tenth of one forward and backward at most."""
-    assert prune.measure(Setting(turns=2)).loc["one prune", "of forward and backward"] <= 0.1
+    """Scores to narrowed model and optimiser, on a BERT-base shape: a tenth of one forward and backward at most.
+
+    The median of five turns, since one turn in which the machine was busy must not decide.
+    """
+    assert prune.measure(Setting(turns=5)).loc["one prune", "of forward and backward"] <= 0.1
