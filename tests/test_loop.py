@@ -135,14 +135,14 @@ def test_a_broken_checkpoint_is_passed_over(teacher, tokenizer, blocks, config, 
 
 
 def test_a_loss_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config, tmp_path, monkeypatch):
-    attention_loss, calls = hdlib.losses.attention_loss, []
+    attention, calls = hdlib.losses.ScoreDifference.apply, []
 
     def poisoned(*arguments):
         calls.append(None)
         # Two layers a step: from the 12th step on the attention term is not a number.
-        return attention_loss(*arguments) * (math.nan if len(calls) > 22 else 1.0)
+        return attention(*arguments) * (math.nan if len(calls) > 22 else 1.0)
 
-    monkeypatch.setattr(hdlib.losses, "attention_loss", poisoned)
+    monkeypatch.setattr(hdlib.losses.ScoreDifference, "apply", poisoned)
     with pytest.raises(hdlib.Diverged, match=r"step 12: attention is nan.*step_00000010"):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     run = hdlib.Run.load(tmp_path)
