@@ -2,8 +2,8 @@
 
 Automatic differentiation would keep several (N, V) tensors of float32 for each term over the vocabulary, several
 (B, H, S, S) ones for each layer's attention scores, and pass over memory for every one of them. Here a piece stays
-in the processor's cache, and what is kept is the gradient alone, in the dtype and shape of what it belongs to. The
-numbers are those of `torch.nn.functional`, which the tests compare them with.
+in the processor's cache, and what is kept is the gradient alone, in the dtype and shape of what it belongs to (or
+what is there anyway). The numbers are those of `torch.nn.functional`, which the tests compare them with.
 """
 
 from __future__ import annotations
@@ -65,13 +65,34 @@ class CrossEntropy(torch.autograd.Function):
         return context.saved_tensors[0] * above, None, None
 
 
+class StateDifference(torch.autograd.Function):
+    """Mean squared difference of two states (..., D); no gradient for the teacher's."""
+
+    @staticmethod
+    def forward(context, student: Tensor, teacher: Tensor) -> Tensor:
+        gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
+        total = 0.0
+        for rows in _pieces(student, student[0].numel()):
+            difference = precise(student[rows]) - precise(teacher[rows])
+            total = total + difference.square().sum()
+            if gradient is not None:
+                gradient[rows] = difference.mul_(2 / student.numel())
+        context.save_for_backward(gradient)
+        return total / student.numel()
+
+    @staticmethod
+    def backward(context, above: Tensor):
+        return context.saved_tensors[0] * above, None
+
+
 class ScoreDifference(torch.autograd.Function):
     """Mean squared difference of two models' attention scores; 0.0 if identical.
 
-    From queries and keys (B, H, S, head_dim), the queries scaled already. The scores of a few sequences exist at a
-    time. They are multiplied out and subtracted: their squared difference is a sum of products of Gram matrices
-    too, without any S x S, twice as fast from 512 tokens on and no faster at 128, but that cancels, and identical
-    models would differ by its rounding.
+    From queries and keys (B, H, S, head_dim) and what the queries are scaled by. The scores of a few sequences exist
+    at a time, and once more on the way back: queries and keys are all that is kept, and the student's are kept by its
+    attention anyway. They are multiplied out and subtracted: their squared difference is a sum of products of Gram
+    matrices too, without any S x S, twice as fast from 512 tokens on and no faster at 128, but that cancels, and
+    identical models would differ by its rounding.
 
     Args:
         pairs: which pairs of tokens count, (1 or B, 1, S, S) of bool; None for all.
@@ -79,27 +100,53 @@ class ScoreDifference(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context, query: Tensor, key: Tensor, their_query: Tensor, their_key: Tensor, pairs: Tensor | None
+        context,
+        query: Tensor,
+        key: Tensor,
+        their_query: Tensor,
+        their_key: Tensor,
+        scaling: float,
+        their_scaling: float,
+        pairs: Tensor | None,
     ) -> Tensor:
         batch, heads, length, _ = query.shape
-        count = batch * heads * length**2 if pairs is None else heads * pairs.expand(batch, 1, length, length).sum()
-        gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key)]
-        total = 0.0
-        for here in _pieces(query, heads * length**2):
-            ours, our_key, theirs, their = (precise(each[here]) for each in (query, key, their_query, their_key))
-            with torch.autocast(query.device.type, enabled=False):  # near-equal products are subtracted
-                difference = (ours @ our_key.mT).sub_(theirs @ their.mT)
-                if pairs is not None:
-                    difference.masked_fill_(~(pairs if len(pairs) == 1 else pairs[here]), 0.0)
-                gradients[0][here] = (difference @ our_key).mul_(2).div_(count)
-                gradients[1][here] = (difference.mT @ ours).mul_(2).div_(count)
-            total = total + difference.square_().sum()
-        context.save_for_backward(*gradients)
-        return total / count
+        context.count = (
+            batch * heads * length**2 if pairs is None else heads * pairs.expand(batch, 1, length, length).sum()
+        )
+        compared = query, key, their_query, their_key, pairs
+        context.save_for_backward(*compared)
+        context.scalings = scaling, their_scaling
+        total = sum(difference.square_().sum() for *_, difference in _score_differences(*compared, *context.scalings))
+        return total / context.count
 
     @staticmethod
     def backward(context, above: Tensor):
-        return (*(gradient * above for gradient in context.saved_tensors), None, None, None)
+        ours = context.saved_tensors[:2]
+        gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in ours]
+        for here, query, key, difference in _score_differences(*context.saved_tensors, *context.scalings):
+            difference.mul_(2 * context.scalings[0] * above).div_(context.count)
+            gradients[0][here] = difference @ key
+            gradients[1][here] = difference.mT @ query
+        return (*gradients, None, None, None, None, None)
+
+
+def _score_differences(
+    query: Tensor,
+    key: Tensor,
+    their_query: Tensor,
+    their_key: Tensor,
+    pairs: Tensor | None,
+    scaling: float,
+    their_scaling: float,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Some sequences, their queries and keys, and how far their scores (., H, S, S) are apart, 0 where none counts."""
+    with torch.autocast(query.device.type, enabled=False):  # near-equal products are subtracted
+        for here in _pieces(query, query.shape[1] * query.shape[2] ** 2):
+            ours, our_key, theirs, their = (precise(each[here]) for each in (query, key, their_query, their_key))
+            difference = (ours * scaling @ our_key.mT).sub_(theirs * their_scaling @ their.mT)
+            if pairs is not None:
+                difference.masked_fill_(~(pairs if len(pairs) == 1 else pairs[here]), 0.0)
+            yield here, ours, our_key, difference
 
 
 def precise(tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def distill(
                     ours = forward(student, batch["input_ids"], positions)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])
-                _check_finite(step, terms.named(), run)
+                del ours, theirs  # the backward needs the room, and neither of them
                 # 3. Backward, and the importance of every neuron while weights and gradients belong together.
                 accelerator.backward(terms.total)
             _average_gradients(accelerator, optimizer)
@@ -105,7 +105,8 @@ def distill(
 
             # 4. The optimiser's step.
             norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)
-            _check_finite(step, {"gradient norm": norm}, run)
+            computed = _numbers(terms, norm)
+            _check_finite(step, computed, run)
             optimizer.step()
             training.learning_rate.step()
             optimizer.zero_grad()
@@ -126,7 +127,7 @@ def distill(
             due = before or step % config.eval_every == 0 or step == config.steps
             measured = _held_out(training.discrepancy(teacher, held_out)) if due else {}
             _check_finite(step, measured, run)
-            report.step(terms, norm, training.widths, measured | _named("before_prune", before))
+            report.step(computed, training.widths, measured | _named("before_prune", before))
             if step % config.checkpoint_every == 0 and step < config.steps:
                 report.checkpoint(tokenizer)
     _finish(accelerator, run, training, target, tokenizer)
@@ -262,11 +263,10 @@ class _Reporter:
     def baseline(self, widths: Widths, measured: dict) -> None:
         self._tell({"step": 0, "seconds": 0.0, "elapsed": 0.0} | _widths_record(widths) | _held_out(measured))
 
-    def step(self, terms: LossTerms, norm: torch.Tensor, widths: Widths, measured: dict) -> None:
+    def step(self, computed: dict[str, float], widths: Widths, measured: dict) -> None:
         training = self.training
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds}
-        record |= {name: value.item() for name, value in terms.named().items()}
-        record |= {"gradient_norm": norm.item(), "learning_rate": training.learning_rate.get_last_lr()[0]}
+        record |= computed | {"learning_rate": training.learning_rate.get_last_lr()[0]}
         self._tell(record | _widths_record(widths) | measured)
         self.bar.update()
 
@@ -327,7 +327,7 @@ def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: Distill
     decayed = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -351,13 +351,19 @@ def _autocast(accelerator: Accelerator, config: DistillConfig):
     return torch.autocast(accelerator.device.type, torch.bfloat16)
 
 
-def _check_finite(step: int, values: dict[str, torch.Tensor | float], run: Run) -> None:
+def _numbers(terms: LossTerms, norm: torch.Tensor) -> dict[str, float]:
+    """What a step computed, as plain numbers: a GPU is waited for once, when all of it is under way."""
+    computed = terms.named() | {"gradient_norm": norm}
+    return dict(zip(computed, torch.stack([value.double() for value in computed.values()]).tolist(), strict=True))
+
+
+def _check_finite(step: int, values: dict[str, float], run: Run) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         name = next((name for name in broken if name != "total"), broken[0])
         saved = run.checkpoints()
         raise Diverged(
-            f"step {step}: {name} is {float(values[name])}. "
+            f"step {step}: {name.replace('_', ' ')} is {values[name]}. "
             + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
             + "A lower learning_rate or a longer warmup is the usual way out."
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fused import CrossEntropy, Divergence, ScoreDifference, precise
+from .fused import CrossEntropy, Divergence, ScoreDifference, StateDifference, precise
 from .narrowing import replace_parameter
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
@@ -22,11 +22,12 @@ IGNORED = -100  # label of a position that is not predicted
 
 
 class QueryKey(NamedTuple):
-    """What a layer's attention scores are made of: (B, H, S, head_dim) each, the query already scaled."""
+    """What a layer's attention scores are made of: (B, H, S, head_dim) each."""
 
     query: Tensor
     key: Tensor
     attended: Tensor | None = None  # (1 or B, 1, S, S) of bool: which keys a query meets; None: all of them
+    scaling: float = 1.0  # of the query; kept apart, since a scaled copy of every layer's would be held for nothing
 
     @property
     def num_heads(self) -> int:
@@ -34,7 +35,7 @@ class QueryKey(NamedTuple):
 
     def scores(self) -> Tensor:
         """Attention scores before the softmax and without mask, (B, H, S, S)."""
-        return self.query @ self.key.transpose(-1, -2)
+        return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
     def of_heads(self, heads: Tensor) -> QueryKey:
         return self._replace(query=self.query[:, heads], key=self.key[:, heads])
@@ -80,9 +81,9 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Mean squared error of (B, S, D) states over all elements of real tokens; 0.0 if identical."""
     if attention_mask is None:
-        return F.mse_loss(precise(student), precise(teacher))
+        return StateDifference.apply(student, teacher)
     real = attention_mask.bool()
-    return F.mse_loss(precise(student[real]), precise(teacher[real]))
+    return StateDifference.apply(student[real], teacher[real])
 
 
 def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None) -> Tensor:
@@ -283,8 +284,8 @@ class DistillationLoss(nn.Module):
             return attention_loss(*compared, pairs_that_count(None, attention_mask))
         pairs = pairs_that_count(student.attended, attention_mask)
         if self.attention_target == "scores" and all(isinstance(recorded, QueryKey) for recorded in compared):
-            (query, key, _), (their_query, their_key, _) = compared
-            return ScoreDifference.apply(query, key, their_query, their_key, pairs)
+            (query, key, _, scaling), (their_query, their_key, _, their_scaling) = compared
+            return ScoreDifference.apply(query, key, their_query, their_key, scaling, their_scaling, pairs)
         scores = [recorded.scores() for recorded in compared]
         if self.attention_target == "probs":
             scores = [_masked(each, student.attended, attention_mask).softmax(-1) for each in scores]

@@ -222,21 +222,25 @@ class _SoftmaxInputs(TorchFunctionMode):
 
 
 def _attend_and_record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA that also hands back the scaled query, the key, and which of them meet.
+    """SDPA that also hands back query and key, which of them meet, and the scale of their products.
 
     On CPUs, SDPA's backward is several times slower in bfloat16 than in float32, so it runs in float32.
     """
     kwargs.pop("output_attentions", None)  # SDPA would warn that it cannot; this function is how we can
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    recorded = query, key
     if query.device.type == "cpu":
         query, key, value = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key, value))
+    if torch.is_grad_enabled():  # what SDPA's backward holds costs nothing to hand back; else the smaller is
+        recorded = query, key
     with torch.autocast(query.device.type, enabled=False):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        if key.shape[1] != query.shape[1]:  # several query heads to a key head
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        return output, QueryKey(query * scaling, key, _attended(module, query, attention_mask))
+    query, key = recorded
+    if key.shape[1] != query.shape[1]:  # several query heads to a key head
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return output, QueryKey(query, key, _attended(module, query, attention_mask), scaling)
 
 
 def _attended(module, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:

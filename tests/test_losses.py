@@ -72,14 +72,14 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
         "padding": pairs_that_count(None, real),
     }[masked]
     copies = [[each.clone().requires_grad_() for each in ours] for _ in range(2)]
-    found = fused.ScoreDifference.apply(*copies[0], *theirs, pairs)
+    found = fused.ScoreDifference.apply(*copies[0], *theirs, 1.0, 1.0, pairs)
     plain = attention_loss(copies[1][0] @ copies[1][1].mT, theirs[0] @ theirs[1].mT, pairs)
     for loss in (0.3 * found, 0.3 * plain):
         loss.backward()
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
     for one, other in zip(*copies, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
-    assert fused.ScoreDifference.apply(*theirs, *theirs, pairs).item() == 0.0
+    assert fused.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
 
 
 def test_chunked_terms_hold_no_more_than_the_gradient():
@@ -118,7 +118,7 @@ def test_the_sum_of_the_terms_by_hand():
         for s, t, w in zip(ours.hidden_states[1:], theirs.hidden_states[1:], loss.hidden_projections, strict=True)
     ]
     attention = [
-        ((s.query @ s.key.mT - t.query @ t.key.mT) ** 2).mean()
+        ((s.query @ s.key.mT * s.scaling - t.query @ t.key.mT * t.scaling) ** 2).mean()
         for s, t in zip(ours.attentions, theirs.attentions, strict=True)
     ]
     expected = {

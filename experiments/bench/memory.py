@@ -1,6 +1,8 @@
-"""What a step holds at most, beyond weights and gradients, against the way most distillation code is written."""
+"""What a step holds at most, beyond the weights, against the way most distillation code is written."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -13,12 +15,19 @@ def measure(setting: Setting) -> pd.DataFrame:
     """Megabytes of one step while the student is as wide as its teacher, and the naive step's share."""
     work = Work(setting)
     loss = work.loss()
+    work.floor()  # what is made once and for all is made
+    held = {}
     with work.recording():
-        work.backward(loss)  # the gradients are there from now on, as they are in training
-        ours = peak_memory(lambda: work.backward(loss), setting.device)
-    floor = peak_memory(work.floor, setting.device)
+        held["step"] = _peak(work, lambda: work.backward(loss))
+    held["floor"] = _peak(work, work.floor)
     work.eager()
-    naive = peak_memory(work.naive, setting.device)
-    table = pd.DataFrame({"megabytes": {"step": ours / 1e6, "floor": floor / 1e6, "naive": naive / 1e6}})
+    held["naive"] = _peak(work, work.naive)
+    table = pd.DataFrame({"megabytes": held}) / 1e6
     table["of naive"] = table["megabytes"] / table.loc["naive", "megabytes"]
     return table.rename_axis("what")
+
+
+def _peak(work: Work, call: Callable[[], object]) -> int:
+    """With no gradients at the start, as after an optimiser's step: freeing some must not make room for the rest."""
+    work.student.zero_grad()
+    return peak_memory(call, work.setting.device)

@@ -55,6 +55,9 @@ class Work:
         self.labels = torch.where(
             torch.rand(self.input_ids.shape, device=setting.device) < 0.15, self.input_ids, IGNORED
         )
+        sizes = self.student.config.hidden_size, self.teacher.config.hidden_size
+        layers = self.teacher.config.num_hidden_layers
+        self.projections = [torch.eye(*sizes, device=setting.device, requires_grad=True) for _ in range(layers + 1)]
         self.importance = hdlib.scorer("sensitivity")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
 
@@ -75,6 +78,7 @@ class Work:
             with torch.no_grad():
                 theirs = forward(self.teacher, self.input_ids, positions)
             terms = loss(forward(self.student, self.input_ids, positions), theirs, self.labels)
+        del theirs
         terms.total.backward()
         return terms
 
@@ -101,10 +105,11 @@ class Work:
             prediction = F.kl_div(
                 F.log_softmax(ours.logits, -1), F.log_softmax(theirs.logits, -1), reduction="batchmean", log_target=True
             )
-            width = ours.hidden_states[0].shape[-1]
             states = [
-                F.mse_loss(one, other[..., :width])
-                for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True)
+                F.mse_loss(states @ projection, target)
+                for states, projection, target in zip(
+                    ours.hidden_states, self.projections, theirs.hidden_states, strict=True
+                )
             ]
             attention = [F.mse_loss(one, other) for one, other in zip(ours.attentions, theirs.attentions, strict=True)]
             total = ours.loss + prediction + sum(states) + sum(attention)
