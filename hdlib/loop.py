@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +22,7 @@ from .losses import DistillationLoss, LossTerms
 from .masking import Masks, applied
 from .models import forward, random_student, recording, student_of, without_bars
 from .narrowing import narrow
+from .precision import autocast, bfloat16_gain, chosen
 from .runs import Run
 from .scorers import Scorer, scorer
 from .widths import Widths, all_neurons, family
@@ -66,9 +66,12 @@ def distill(
     """
     accelerator = Accelerator()
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
-    run = _open_run(accelerator, run_dir, _arguments(config, teacher, train, validation), resume)
+    arguments = _arguments(config, teacher, train, validation)
+    arguments["precision"] = chosen(config.precision, accelerator.device)
+    run = _open_run(accelerator, run_dir, arguments, resume)
     if run.finished:
         return run
+    precision = run.arguments["precision"]
     teacher = teacher.float().eval().to(accelerator.device)
     training = _Training.begin(teacher, config, target, run if resume else None)
     student, loss, masks = training.student, training.loss, training.masks
@@ -79,6 +82,7 @@ def distill(
     steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
     batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
     with _Reporter(accelerator, run, training, config, on_step) as report, recording(teacher, student):
+        report.precision(precision, accelerator.device)
         if training.step == 0:
             report.baseline(training.widths, training.discrepancy(teacher, held_out))
         for step, batch in enumerate(batches, training.step + 1):
@@ -88,7 +92,7 @@ def distill(
             with applied(masks):
                 # 1. Teacher and student read the same batch; their heads only what the loss looks at.
                 positions = loss.looked_at(batch["labels"])
-                with _autocast(accelerator, config):
+                with autocast(precision, accelerator.device):
                     with torch.no_grad():
                         theirs = forward(teacher, batch["input_ids"], positions) if loss.compares else None
                     ours = forward(student, batch["input_ids"], positions)
@@ -260,6 +264,14 @@ class _Reporter:
     def __exit__(self, *error):
         self.bar.close()
 
+    def precision(self, used: str, device: torch.device) -> None:
+        """Where it was left to the machine, say what was taken, and why."""
+        if self.main and self.training.config.precision == "auto":
+            tqdm.write(
+                f"{self.run.folder.name}: {used} on {device.type}, {torch.get_num_threads()} threads; "
+                f"bfloat16 multiplies {bfloat16_gain(device):.1f} times as fast as float32 here"
+            )
+
     def baseline(self, widths: Widths, measured: dict) -> None:
         self._tell({"step": 0, "seconds": 0.0, "elapsed": 0.0} | _widths_record(widths) | _held_out(measured))
 
@@ -343,12 +355,6 @@ def _average_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimize
         for parameter in _parameters(optimizer):
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
-
-
-def _autocast(accelerator: Accelerator, config: DistillConfig):
-    if config.precision == "float32":
-        return nullcontext()
-    return torch.autocast(accelerator.device.type, torch.bfloat16)
 
 
 def _numbers(terms: LossTerms, norm: torch.Tensor) -> dict[str, float]:

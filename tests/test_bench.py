@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.bench import memory, step, student, whole_run
+from experiments.bench import growth, memory, step, student, whole_run
 from experiments.bench.__main__ import QUESTIONS
 from experiments.bench.work import Setting, Work
 
@@ -43,4 +43,21 @@ def test_the_naive_step_is_the_same_loss():
 def test_students_promise_what_their_operations_say():
     found = student.measure(TINY)
     assert found.loc[1.0, "times fewer operations"] == 1.0 < found.loc[0.29, "times fewer operations"]
-    assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student"]
+    assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth"]
+
+
+def test_a_step_holds_half_of_the_naive_one():
+    assert memory.measure(Setting("minilm")).loc["step", "of naive"] <= 0.5
+
+
+def test_nothing_stays_behind_along_a_run_or_grows_with_the_text(monkeypatch):
+    """A graph that is kept, a list that grows: two megabytes a step of the embedded teacher would be seen at once."""
+    small = {"MEGABYTES": (1, 4), "READ": 20, "STEPS": 120, "BATCHES": (1, 2), "LENGTHS": (16, 32)}
+    for name, value in small.items():
+        monkeypatch.setattr(growth, name, value)
+    found = growth.measure(TINY)
+    assert [axes.has_data() for axes in growth.plot(found).axes] == [True, True, True]
+    table = found["y"]
+    along = table.loc["along a run"]
+    assert along.iloc[90:].mean() - along.iloc[40:70].mean() < 20
+    assert table["reading batches", 4] - table["reading batches", 1] < 40

@@ -144,7 +144,7 @@ def test_a_student_comes_closer_to_a_causal_teacher(causal_tokenizer, causal_blo
 
 
 def test_blocks_of_the_other_kind_are_refused(teacher, tokenizer, blocks, text_file, causal_tokenizer, tmp_path):
-    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2)
+    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2, precision="float32")
     unmasked = hdlib.load_corpus(text_file, tokenizer, 16, causal=True)
     with pytest.raises(ValueError, match=r"predicts masked tokens, but .* ask for next ones.*causal=False"):
         hdlib.distill(teacher, tokenizer, *unmasked, config, tmp_path / "run")
@@ -161,7 +161,7 @@ def test_positions_that_begin_after_the_padding(tokenizer, text_file, tmp_path):
     long = hdlib.load_corpus(text_file, tokenizer, 32)
     teacher = random_model("roberta", vocabulary=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     assert teacher.config.max_position_embeddings == 34
-    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2)
+    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2, precision="float32")
     assert hdlib.distill(teacher, tokenizer, *long, config, tmp_path / "fits").finished
     short = random_model(
         "roberta", vocabulary=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=32

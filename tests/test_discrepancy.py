@@ -62,7 +62,9 @@ def test_blocks_without_labels_are_refused(teacher, blocks):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, tokenizer, blocks):
     teacher, folder = random_bert(vocabulary=len(tokenizer)), tmp_path_factory.mktemp("run")
-    config = hdlib.DistillConfig(steps=12, batch_size=4, target=0.5, prune_every=2, eval_every=3, eval_blocks=4)
+    config = hdlib.DistillConfig(
+        steps=12, batch_size=4, target=0.5, prune_every=2, eval_every=3, eval_blocks=4, precision="float32"
+    )
     return hdlib.distill(teacher, tokenizer, *blocks, config, folder)
 
 

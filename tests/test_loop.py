@@ -27,6 +27,7 @@ ARGUMENTS = {
     "eval_blocks": 8,
     "checkpoint_every": 5,
     "learning_rate": 3e-3,
+    "precision": "float32",  # what is compared must not depend on what the machine is fast with
 }
 
 

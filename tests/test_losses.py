@@ -82,6 +82,19 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
     assert fused.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
 
 
+@pytest.mark.parametrize("piece", [1, 50, 2**19])
+def test_state_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, monkeypatch):
+    monkeypatch.setitem(fused.PIECE, "cpu", piece)
+    ours, theirs = (torch.randn(3, 5, 8, dtype=torch.float64) for _ in range(2))
+    copies = [ours.clone().requires_grad_() for _ in range(2)]
+    found, plain = state_loss(copies[0], theirs), torch.nn.functional.mse_loss(copies[1], theirs)
+    for loss in (0.3 * found, 0.3 * plain):
+        loss.backward()
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(copies[0].grad, copies[1].grad, rtol=1e-12, atol=0)
+    assert state_loss(theirs, theirs).item() == 0.0
+
+
 def test_chunked_terms_hold_no_more_than_the_gradient():
     """Beside logits and their gradient, a chunk at a time: float32 copies of all logits would be four times as much."""
     student, teacher = (torch.randn(64, 30522, dtype=torch.bfloat16) for _ in range(2))

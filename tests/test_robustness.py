@@ -143,7 +143,7 @@ def test_ties_that_were_cut_are_refused(model):
 
 def test_a_run_is_refused_before_it_starts(model, teacher, tokenizer, blocks, tmp_path):
     teacher.is_quantized = True
-    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2)
+    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2, precision="float32")
     with pytest.raises(ValueError, match="the model is quantised"):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What a step costs, one table a question: `python -m experiments.bench [run step memory prune peers student]`.
+"""What a step costs, one table a question: `python -m experiments.bench [run step memory prune peers student growth]`.
 
 Whatever a table compares takes turns in one run, and a ratio is the median over the turns: only ratios mean anything
 on a shared machine. Models are random, in a real shape, since a cost depends on shapes alone.
@@ -12,10 +12,19 @@ from pathlib import Path
 
 import torch
 
-from . import memory, peers, prune, step, student, whole_run
+from . import growth, memory, peers, prune, step, student, whole_run
 from .work import SHAPES, Setting
 
-QUESTIONS = {"run": whole_run, "step": step, "memory": memory, "prune": prune, "peers": peers, "student": student}
+QUESTIONS = {
+    "run": whole_run,
+    "step": step,
+    "memory": memory,
+    "prune": prune,
+    "peers": peers,
+    "student": student,
+    "growth": growth,
+}
+FIGURES = {"growth": growth.plot}
 
 
 def main() -> None:
@@ -43,6 +52,8 @@ def main() -> None:
             found = {"setting": str(setting), "threads": torch.get_num_threads(), "torch": torch.__version__}
             found["table"] = json.loads(table.round(5).reset_index().to_json(orient="records"))
             (arguments.results / f"bench_{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            if name in FIGURES:
+                FIGURES[name](table).savefig(arguments.results / f"bench_{name}.png", dpi=160)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,18 @@ class Work:
         self.student = student_of(self.teacher)
         if ratio < 1:
             hdlib.narrow(self.student, hdlib.Widths.at(self.student, ratio))
-        self.input_ids = torch.randint(1000, 30000, (setting.batch_size, setting.length), device=setting.device)
-        self.labels = torch.where(
-            torch.rand(self.input_ids.shape, device=setting.device) < 0.15, self.input_ids, IGNORED
-        )
+        self.read(setting.batch_size, setting.length)
         sizes = self.student.config.hidden_size, self.teacher.config.hidden_size
         layers = self.teacher.config.num_hidden_layers
         self.projections = [torch.eye(*sizes, device=setting.device, requires_grad=True) for _ in range(layers + 1)]
         self.importance = hdlib.scorer("sensitivity")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
+
+    def read(self, batch_size: int, length: int) -> None:
+        """Another batch: random words, 15 % of which are to be predicted."""
+        device = self.setting.device
+        self.input_ids = torch.randint(1000, 30000, (batch_size, length), device=device)
+        self.labels = torch.where(torch.rand(self.input_ids.shape, device=device) < 0.15, self.input_ids, IGNORED)
 
     def loss(self, *terms: str) -> DistillationLoss:
         """The distillation loss of these terms only; all five if none is named."""

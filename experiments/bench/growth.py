@@ -1,0 +1,177 @@
+"""How the cost grows: a step's time with its tokens, memory with the text and along a run.
+
+Memory is what a process holds of its own (anonymous memory, as Linux counts it). Pages of a file that `datasets` maps
+are not in it: the system takes them back whenever it needs them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from datasets import load_dataset
+from matplotlib.figure import Figure
+
+import hdlib
+from hdlib.data import Masking, TrainingBatches
+from hdlib.documentation import gather
+from hdlib.plots import COLOURS, MARKERS
+
+from .turns import in_turns
+from .work import Setting, Work
+
+BATCHES = (1, 2, 4, 8, 16)  # sequences a step
+LENGTHS = (32, 64, 128, 256, 512)  # tokens a sequence
+MEGABYTES = (1, 10, 100, 1000, 2000)  # of text
+READ = 200  # batches read of each text
+STEPS = 600  # of the run whose memory is followed, the first half of them with prunes
+
+
+def measure(setting: Setting) -> pd.DataFrame:
+    """Long form: a row for each `x` of each `question`, with `y` and, of times, `lowest` and `highest`."""
+    parts = [_seconds(setting), _corpora(setting), _run(setting)]
+    return pd.concat(parts, ignore_index=True).set_index(["question", "x"])
+
+
+def _seconds(setting: Setting) -> pd.DataFrame:
+    """Of one step, by its tokens: more sequences of the setting's length, and longer ones of one batch."""
+    sizes = {f"sequences of {setting.length}": [(batch, setting.length) for batch in BATCHES]}
+    sizes[f"{setting.batch_size} longer sequences"] = [(setting.batch_size, length) for length in LENGTHS]
+    work = Work(setting)
+    loss = work.loss()
+
+    def step(batch_size: int, length: int) -> None:
+        work.read(batch_size, length)
+        with work.recording():
+            work.backward(loss)
+            work.importance.update(work.student)
+
+    calls = {
+        (question, batch_size * length): partial(step, batch_size, length)
+        for question, settings in sizes.items()
+        for batch_size, length in settings
+    }
+    seconds = in_turns(calls, setting.turns, setting.device)
+    rows = [
+        {"question": question, "x": tokens, "y": found.median(), "lowest": found.min(), "highest": found.max()}
+        for (question, tokens), found in seconds.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _corpora(setting: Setting) -> pd.DataFrame:
+    """Megabytes of a process that makes blocks of a text and reads batches of them, by the text's size."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for megabytes in MEGABYTES:
+            text = _written(Path(folder) / f"{megabytes}.txt", megabytes)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                held = fresh.submit(_read, text, Path(folder) / "cache", setting).result()
+            text.unlink()
+            rows += [{"question": part, "x": megabytes, "y": held[part]} for part in held]
+            print(rows[-len(held) :], flush=True)
+    return pd.DataFrame(rows)
+
+
+def _written(path: Path, megabytes: int) -> Path:
+    """The embedded documentation over and over, every paragraph with a number of its own."""
+    paragraphs = load_dataset("parquet", data_files=f"{gather()}/train.parquet", split="train")["text"]
+    size = number = 0
+    with path.open("w") as file:
+        while size < megabytes * 1e6:
+            text = f"{number} {paragraphs[number % len(paragraphs)]}".replace("\n", " ") + "\n\n"
+            size, number = size + file.write(text), number + 1
+    return path
+
+
+def _read(text: Path, cache: Path, setting: Setting) -> dict[str, float]:
+    """Runs in a process of its own."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    _, tokenizer = hdlib.load_teacher()
+    with _highest_memory() as made:
+        train, _ = hdlib.load_corpus(text, tokenizer, setting.length)
+    with _highest_memory() as read:
+        batches = TrainingBatches(train, Masking.of(tokenizer), setting.batch_size, seed=0)
+        for step in range(READ):
+            batches[step]
+    return {"making blocks": made[0], "reading batches": read[0]}
+
+
+def _run(setting: Setting) -> pd.DataFrame:
+    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen."""
+    teacher, tokenizer = hdlib.load_teacher()
+    train, validation = hdlib.load_corpus("embedded", tokenizer, 32)
+    config = hdlib.DistillConfig(
+        steps=STEPS, batch_size=8, target=0.3, prune_every=1, prune_end=0.5, checkpoint_every=STEPS, eval_every=STEPS
+    )
+    held = []
+    with tempfile.TemporaryDirectory() as folder:
+        hdlib.distill(teacher, tokenizer, train, validation, config, folder, on_step=lambda record: held.append(_own()))
+    return pd.DataFrame({"question": "along a run", "x": range(len(held)), "y": held})
+
+
+@contextmanager
+def _highest_memory():
+    """A list whose one entry is the most megabytes that this process held meanwhile."""
+    highest, done = [_own()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            highest[0] = max(highest[0], _own())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()
+
+
+def _own() -> float:
+    """Megabytes of anonymous memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1e3
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Three panels: seconds of a step by tokens, with the line through the smallest; memory by text; along a run."""
+    figure, (times, texts, run) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    colours = list(COLOURS.values())
+    questions = {question: part.droplevel(0) for question, part in table.groupby(level=0, sort=False)}
+    along = questions.pop("along a run")["y"]
+    memory = {name: questions.pop(name)["y"] for name in ("making blocks", "reading batches")}
+    for number, (question, part) in enumerate(questions.items()):
+        spread = [part["y"] - part["lowest"], part["highest"] - part["y"]]
+        style = {"color": colours[number], "marker": MARKERS[number], "capsize": 2, "label": question}
+        times.errorbar(part.index, part["y"], yerr=spread, linestyle="none" if number else "", **style)
+    tokens = np.array(sorted({x for part in questions.values() for x in part.index}))
+    slope, start = _line(questions)
+    times.plot(tokens, start + slope * tokens, color=COLOURS["grey"], label=f"{1000 * slope:.2f} ms a token")
+    times.set(xlabel="tokens a step", ylabel="seconds a step", title="time grows with the tokens")
+    for number, (name, held) in enumerate(memory.items()):
+        texts.plot(held.index, held, color=colours[number], marker=MARKERS[number], label=name)
+    texts.set(xscale="log", xlabel="megabytes of text", ylabel="megabytes held at most", title="memory, by corpus")
+    run.plot(along.index, along, color=colours[0])
+    run.set(xlabel="step", ylabel="megabytes held", title="memory, along a run")
+    for axes in (texts, run):
+        axes.set_ylim(bottom=0)
+    for axes in (times, texts):
+        axes.legend(frameon=False)
+    return figure
+
+
+def _line(questions: dict[str, pd.DataFrame]) -> tuple[float, float]:
+    """Slope and start of the straight line through the sequences of one length, whose attention does not grow."""
+    part = next(iter(questions.values()))
+    return tuple(np.polyfit(part.index, part["y"], 1))
