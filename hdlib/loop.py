@@ -22,7 +22,7 @@ from .losses import DistillationLoss, LossTerms
 from .masking import Masks, applied
 from .models import forward, random_student, recording, student_of, without_bars
 from .narrowing import narrow
-from .precision import autocast, bfloat16_gain, chosen
+from .precision import autocast, bfloat16_gain, cast_once, chosen
 from .runs import Run
 from .scorers import Scorer, scorer
 from .widths import Widths, all_neurons, family
@@ -73,6 +73,7 @@ def distill(
         return run
     precision = run.arguments["precision"]
     teacher = teacher.float().eval().to(accelerator.device)
+    read = cast_once(teacher, precision)
     training = _Training.begin(teacher, config, target, run if resume else None)
     student, loss, masks = training.student, training.loss, training.masks
     optimizer, importance = training.optimizer, training.importance
@@ -81,7 +82,7 @@ def distill(
     task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
     steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
     batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
-    with _Reporter(accelerator, run, training, config, on_step) as report, recording(teacher, student):
+    with _Reporter(accelerator, run, training, config, on_step) as report, recording(read, student):
         report.precision(precision, accelerator.device)
         if training.step == 0:
             report.baseline(training.widths, training.discrepancy(teacher, held_out))
@@ -94,7 +95,7 @@ def distill(
                 positions = loss.looked_at(batch["labels"])
                 with autocast(precision, accelerator.device):
                     with torch.no_grad():
-                        theirs = forward(teacher, batch["input_ids"], positions) if loss.compares else None
+                        theirs = forward(read, batch["input_ids"], positions) if loss.compares else None
                     ours = forward(student, batch["input_ids"], positions)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])

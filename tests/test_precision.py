@@ -8,6 +8,8 @@ import torch
 import hdlib
 from hdlib import DistillConfig, precision
 
+from conftest import random_batch
+from models import KINDS, random_model
 from test_loop import ARGUMENTS
 
 AUTO = ARGUMENTS | {"precision": "auto", "steps": 6}
@@ -30,6 +32,22 @@ def test_the_gain_is_that_of_a_linear_layer(monkeypatch):
     precision.bfloat16_gain.cache_clear()
     assert 3 < precision.bfloat16_gain(torch.device("cpu")) < 5
     precision.bfloat16_gain.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_was_cast_once_says_the_same(kind):
+    """To the last bit what autocast makes of it, embeddings tied to the head in float32 as before."""
+    model = random_model(kind).eval().requires_grad_(False)
+    input_ids, _ = random_batch()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    cast = precision.cast_once(model, "bfloat16")
+    with torch.no_grad(), precision.autocast("bfloat16", model.device):
+        assert torch.equal(cast(input_ids).logits, model(input_ids).logits)
+    assert any(parameter.dtype == torch.bfloat16 for parameter in cast.parameters())
+    assert cast.get_input_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
+    assert precision.cast_once(model, "float32") is model
 
 
 def test_a_run_says_what_it_took_and_stays_with_it(teacher, tokenizer, blocks, tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callab
         batch_size=setting.batch_size,
         target=TARGET,
         masked=masked,
-        prune_every=1,
+        prune_every=4,  # of a run's default 1,000 steps every tenth prunes
         precision=setting.precision,
         eval_every=STEPS,
         eval_blocks=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 import hdlib
 from hdlib.losses import IGNORED, TERMS, DistillationLoss, LossTerms
 from hdlib.models import forward, head_at, recording, student_of
+from hdlib.precision import autocast, cast_once
 
 SHAPES = {
     "base": {},  # BERT-base: 12 layers of 768 / 3072, 12 heads
@@ -39,7 +39,7 @@ class Setting:
         return BertForMaskedLM(BertConfig(**SHAPES[self.shape])).eval().requires_grad_(False).to(self.device)
 
     def autocast(self):
-        return nullcontext() if self.precision == "float32" else torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.precision, self.device)
 
 
 class Work:
@@ -47,8 +47,9 @@ class Work:
 
     def __init__(self, setting: Setting, ratio: float = 1.0):
         self.setting = setting
-        self.teacher = setting.teacher()
-        self.student = student_of(self.teacher)
+        teacher = setting.teacher()
+        self.student = student_of(teacher)
+        self.teacher = cast_once(teacher, setting.precision)
         if ratio < 1:
             hdlib.narrow(self.student, hdlib.Widths.at(self.student, ratio))
         self.read(setting.batch_size, setting.length)
