@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from math import lcm
+from math import gcd, lcm
 from typing import NamedTuple
 
 import pandas as pd
@@ -304,15 +304,24 @@ class Widths:
         _check_possible(shape, wide, model, declared)
         return shape
 
-    def between(self, narrow: Widths, progress: float, model: PreTrainedModel) -> Widths:
+    def between(self, narrow: Widths, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Widths:
         """The possible shape that is a fraction `progress` in [0, 1] of the way from this one to `narrow`.
 
         Everything is rounded to what a stock model can have: where hidden = heads x head_dim, the hidden
         width moves in steps of the number of heads, or of the head dimension where whole heads go. Where
-        hidden must be a multiple of heads, a shape may not fit in one of a smaller progress.
+        hidden must be a multiple of heads, a shape may not fit in one of a smaller progress. On the way hidden and
+        feed-forward widths are rounded up to multiples of `multiple_of`, as far as this shape goes.
         """
         wide, goal, declared = asdict(self), asdict(narrow), family(model)
         now = {name: round(wide[name] + (goal[name] - wide[name]) * progress) for name in wide}
+        if progress < 1:
+            grains = {"ffn": multiple_of, "hidden": multiple_of, "heads": 1, "head_dim": 1}
+            if declared.linked and not declared.whole_heads:
+                grains["head_dim"] = multiple_of // gcd(multiple_of, wide["heads"])
+            now = {
+                name: min(wide[name], -(-width // grains[name]) * grains[name]) if goal[name] < wide[name] else width
+                for name, width in now.items()
+            }
         if declared.whole_heads:
             possible = [n for n in _possible_heads(model, declared) if goal["heads"] <= n <= wide["heads"]]
             now["heads"] = _nearest(now["heads"], possible)

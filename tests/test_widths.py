@@ -56,12 +56,16 @@ def test_what_is_left_out_follows(given, full):
     assert Widths.of(model) == full
 
 
-def test_the_way_between_two_shapes():
+@pytest.mark.parametrize("multiple_of", [1, 8, 16, 100])
+def test_the_way_between_two_shapes(multiple_of):
     with torch.device("meta"):
         base = BertModel(BertConfig())
     wide, narrow = Widths(768, 3072, 64, 12), Widths(228, 891, 19, 12)
     assert wide.between(narrow, 0.0, base) == wide and wide.between(narrow, 1.0, base) == narrow
-    way = [wide.between(narrow, i / 100, base) for i in range(101)]
+    way = [wide.between(narrow, i / 100, base, multiple_of) for i in range(101)]
+    for shape in way[1:-1]:
+        assert all(width % multiple_of == 0 or width in (768, 3072) for width in (shape.hidden, shape.ffn))
+    assert len(set(way)) > 3
     for name in ("hidden", "ffn", "head_dim"):
         widths = [getattr(shape, name) for shape in way]
         assert widths == sorted(widths, reverse=True)
@@ -70,10 +74,11 @@ def test_the_way_between_two_shapes():
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("ratio", [0.71, 0.33])
-def test_the_way_of_every_family_is_made_of_possible_shapes(name, ratio):
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_the_way_of_every_family_is_made_of_possible_shapes(name, ratio, multiple_of):
     model = random_model(name, heads=12, head_dim=8, ffn=90, hidden=12 * 9, groups=3)
     wide, narrow = Widths.of(model), Widths.at(model, ratio)
-    way = [wide.between(narrow, i / 40, model) for i in range(41)]
+    way = [wide.between(narrow, i / 40, model, multiple_of) for i in range(41)]
     assert way[0] == wide and way[-1] == narrow != wide
     for shape in way:
         assert shape.resolved(model) == shape and narrow.fits_in(shape) and shape.fits_in(wide)
