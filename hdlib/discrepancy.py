@@ -58,8 +58,9 @@ def discrepancy(
         labels, count = batch["labels"][looked_at], int(looked_at.sum())  # (N,)
         ours = forward(student, batch["input_ids"], looked_at, batch.get("attention_mask"))
         theirs = forward(teacher, batch["input_ids"], looked_at, batch.get("attention_mask"))
-        for name, value in _position_means(ours.logits, theirs.logits, labels).items():
-            sums[name] = sums.get(name, 0.0) + value.double() * count
+        if count:  # the mean over nothing is none
+            for name, value in _position_means(ours.logits, theirs.logits, labels).items():
+                sums[name] = sums.get(name, 0.0) + value.double() * count
         positions += count
         fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
         real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()

@@ -282,7 +282,7 @@ def test_an_optimizer_of_another_model(teacher):
         ({"steps": True}, "steps must be of type int"),
         ({"schedule": "cosine"}, "schedule is one of cubic"),
         ({"scorer": "taylor"}, "scorer is one of sensitivity"),
-        ({"precision": "fp8"}, "precision is one of float32"),
+        ({"precision": "fp8"}, "precision is one of auto, float32, bfloat16"),
         ({"hidden": -1.0}, "at least 0"),
         ({"attention_target": "logits"}, "'scores' or 'probs'"),
         ({"mask_probability": 0.0}, "mask_probability"),

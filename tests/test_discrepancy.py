@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import concatenate_datasets
 
 import hdlib
 from hdlib import Widths
@@ -57,6 +58,16 @@ def test_blocks_without_labels_are_refused(teacher, blocks):
     none = blocks[1].take(2).map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(ValueError, match="no labelled position"):
         hdlib.discrepancy(teacher, teacher, none)
+
+
+def test_a_batch_without_labels_among_others_does_not_count(teacher, blocks):
+    labelled = blocks[1].take(2)
+    none = labelled.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    student = random_bert(vocabulary=teacher.config.vocab_size, seed=1)
+    expected = hdlib.discrepancy(student, teacher, labelled, batch_size=2)
+    found = hdlib.discrepancy(student, teacher, concatenate_datasets([labelled, none]), batch_size=2)
+    for name in ("kl", "agreement", "mlm", "teacher_mlm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9)
 
 
 @pytest.fixture(scope="module")

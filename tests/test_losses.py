@@ -82,6 +82,17 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
     assert fused.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
 
 
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
+    """Gradients of exactly 0, not of rounding: Adam would make whole steps out of that."""
+    teacher = random_bert()
+    student = hdlib.models.student_of(teacher)
+    input_ids, labels = random_batch()
+    loss = loss_for(teacher, mlm=0.0)
+    loss(forward(student, input_ids), forward(teacher, input_ids), labels).total.backward()
+    for name, parameter in [*student.named_parameters(), *loss.named_parameters()]:
+        assert parameter.grad is None or (parameter.grad == 0).all(), name
+
+
 @pytest.mark.parametrize("piece", [1, 50, 2**19])
 def test_state_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, monkeypatch):
     monkeypatch.setitem(fused.PIECE, "cpu", piece)
