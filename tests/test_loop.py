@@ -31,6 +31,9 @@ ARGUMENTS = {
 }
 
 
+STATES = ("hidden", "attention", "embedding")
+
+
 @pytest.fixture
 def config():
     return DistillConfig(**ARGUMENTS)
@@ -69,20 +72,27 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
     assert DistillConfig(**run.arguments["config"]) == config
 
 
-def test_distillation_learns(teacher, tokenizer, blocks, tmp_path):
-    """Narrowed and trained is closer to the teacher than narrowed alone."""
-    config = DistillConfig(**ARGUMENTS | {"steps": 400, "eval_every": 400, "checkpoint_every": 400})
+@pytest.mark.parametrize(("weights", "share"), [({}, 1.0), (dict.fromkeys(("mlm", *STATES), 0.0), 0.5)])
+def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_path):
+    """Narrowed and trained is closer to the teacher than narrowed alone; much closer if nothing else is asked for."""
+    config = DistillConfig(**ARGUMENTS | {"steps": 400, "eval_every": 400, "checkpoint_every": 400} | weights)
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
     hdlib.narrow(bare, Widths.at(teacher, 0.5))
     untrained = hdlib.discrepancy(bare, teacher, blocks[1].take(8))["kl"]
-    assert run.metrics["held_out_kl"].iloc[-1] < 0.75 * untrained
+    assert run.metrics["held_out_kl"].iloc[-1] < share * untrained
 
 
 def test_ratio_one_prunes_nothing(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"steps": 4, "target": 1.0})
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     assert Widths.of(run.student()[0]) == Widths.of(teacher)
+
+
+def test_widths_on_the_way_are_multiples_too(teacher, tokenizer, blocks, tmp_path):
+    config = DistillConfig(**ARGUMENTS | {"multiple_of": 8, "steps": 12})
+    widths = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).metrics["intermediate_size"]
+    assert widths.nunique() > 2 and all(width % 8 == 0 for width in widths.iloc[1:])
 
 
 def test_one_shot_prunes_once(teacher, tokenizer, blocks, tmp_path):

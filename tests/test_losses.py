@@ -72,8 +72,8 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
         "padding": pairs_that_count(None, real),
     }[masked]
     copies = [[each.clone().requires_grad_() for each in ours] for _ in range(2)]
-    found = fused.ScoreDifference.apply(*copies[0], *theirs, 1.0, 1.0, pairs)
-    plain = attention_loss(copies[1][0] @ copies[1][1].mT, theirs[0] @ theirs[1].mT, pairs)
+    found = fused.ScoreDifference.apply(*copies[0], *theirs, 0.5, 0.25, pairs)
+    plain = attention_loss(0.5 * copies[1][0] @ copies[1][1].mT, 0.25 * theirs[0] @ theirs[1].mT, pairs)
     for loss in (0.3 * found, 0.3 * plain):
         loss.backward()
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
