@@ -73,7 +73,7 @@ def distill(
         return run
     precision = run.arguments["precision"]
     teacher = teacher.float().eval().to(accelerator.device)
-    read = cast_once(teacher, precision)
+    frozen = cast_once(teacher, precision)  # the teacher as the steps read it
     training = _Training.begin(teacher, config, target, run if resume else None)
     student, loss, masks = training.student, training.loss, training.masks
     optimizer, importance = training.optimizer, training.importance
@@ -82,7 +82,7 @@ def distill(
     task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
     steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
     batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
-    with _Reporter(accelerator, run, training, config, on_step) as report, recording(read, student):
+    with _Reporter(accelerator, run, training, config, on_step) as report, recording(frozen, student):
         report.precision(precision, accelerator.device)
         if training.step == 0:
             report.baseline(training.widths, training.discrepancy(teacher, held_out))
@@ -95,7 +95,7 @@ def distill(
                 positions = loss.looked_at(batch["labels"])
                 with autocast(precision, accelerator.device):
                     with torch.no_grad():
-                        theirs = forward(read, batch["input_ids"], positions) if loss.compares else None
+                        theirs = forward(frozen, batch["input_ids"], positions) if loss.compares else None
                     ours = forward(student, batch["input_ids"], positions)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])
@@ -361,7 +361,7 @@ def _average_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimize
 def _numbers(terms: LossTerms, norm: torch.Tensor) -> dict[str, float]:
     """What a step computed, as plain numbers: a GPU is waited for once, when all of it is under way."""
     computed = terms.named() | {"gradient_norm": norm}
-    return dict(zip(computed, torch.stack([value.double() for value in computed.values()]).tolist(), strict=True))
+    return dict(zip(computed, torch.stack(list(computed.values())).tolist(), strict=True))
 
 
 def _check_finite(step: int, values: dict[str, float], run: Run) -> None:
