@@ -30,8 +30,8 @@ class Family:
     """One architecture: what each axis of each parameter counts, and the few ways in which families differ."""
 
     axes: Mapping[str, tuple]  # parameter name pattern -> what its axes count; the first match holds
-    head: tuple[str, ...]  # the module (the first that is there) that turns the last hidden state into logits
     causal: bool = False  # predicts the next token, not masked ones
+    base: str | None = None  # the module before the head, if it is not what the stock class calls its base model
     ffn: str = "intermediate_size"  # what the config calls F
     whole_heads: bool = False  # head dimensions stay (they are rotated, or normed, together), whole heads go
     linked: bool = True  # the stock class computes head_dim = hidden / heads
@@ -82,7 +82,6 @@ _BERT_LAYER = (
 )
 
 BERT = Family(
-    head=("cls",),
     axes=embedding("*embeddings.*_embeddings")
     | _BERT_LAYER
     | norm("*LayerNorm")
@@ -95,7 +94,6 @@ BERT = Family(
 )
 
 ROBERTA = Family(
-    head=("lm_head",),
     positions_after_padding=True,
     axes=embedding("*embeddings.*_embeddings")
     | _BERT_LAYER
@@ -108,7 +106,6 @@ ROBERTA = Family(
 )
 
 DISTILBERT = Family(
-    head=("vocab_transform",),
     ffn="hidden_dim",
     axes=embedding("*embeddings.*_embeddings")
     | linear("*.attention.q_lin", QUERY, HIDDEN)
@@ -126,7 +123,6 @@ DISTILBERT = Family(
 )
 
 ELECTRA = Family(
-    head=("generator_predictions", "discriminator_predictions"),
     embedding="embedding_size",
     axes=embedding("*embeddings.*_embeddings", EMBEDDING)
     | norm("*embeddings.LayerNorm", EMBEDDING)
@@ -143,7 +139,6 @@ ELECTRA = Family(
 
 # The layers of a group share their weights, so their neurons are one set, too. The embedding width stays.
 ALBERT = Family(
-    head=("predictions",),
     axes=embedding("*embeddings.*_embeddings", FIXED)
     | norm("*embeddings.LayerNorm", FIXED)
     | linear("*embedding_hidden_mapping_in", HIDDEN, FIXED)
@@ -166,7 +161,6 @@ ALBERT = Family(
 
 # The relative position bias has one entry for each head and is shared by the layers.
 MPNET = Family(
-    head=("lm_head",),
     positions_after_padding=True,
     axes={"*relative_attention_bias.weight": (FIXED, SHARED_HEADS)}
     | embedding("*embeddings.*_embeddings")
@@ -186,7 +180,6 @@ MPNET = Family(
 
 # Positions are attended to as well: their queries and keys, shared with the words' or not, are scaled alike.
 DEBERTA = Family(
-    head=("cls", "lm_predictions"),
     embedding="embedding_size",
     follows=("pooler_hidden_size",),
     axes=embedding("*embeddings.*_embeddings", EMBEDDING)
@@ -212,7 +205,6 @@ DEBERTA = Family(
 )
 
 MODERNBERT = Family(
-    head=("head",),
     whole_heads=True,
     axes=embedding("*embeddings.tok_embeddings")
     | linear("*.attn.Wqkv", (HEADS, HEADS, HEADS), HIDDEN)
@@ -228,7 +220,6 @@ MODERNBERT = Family(
 # --- causal language models
 
 GPT2 = Family(
-    head=("lm_head",),
     causal=True,
     ffn="n_inner",
     axes=embedding("*wte")
@@ -243,8 +234,8 @@ GPT2 = Family(
 )
 
 OPT = Family(
-    head=("lm_head",),
     causal=True,
+    base="model.decoder",
     ffn="ffn_dim",
     embedding="word_embed_proj_dim",
     axes=embedding("*embed_tokens", EMBEDDING)
@@ -265,7 +256,6 @@ OPT = Family(
 
 # Query, key and value of a head lie side by side, so a head is one run of rows of the fused matrix.
 GPT_NEOX = Family(
-    head=("lm_head",),
     causal=True,
     whole_heads=True,
     axes=embedding("*embed_in")
@@ -291,7 +281,7 @@ _LLAMA_AXES = (
     | TASKS
 )
 
-LLAMA = Family(head=("lm_head",), causal=True, whole_heads=True, linked=False, divisible=True, axes=_LLAMA_AXES)
+LLAMA = Family(causal=True, whole_heads=True, linked=False, divisible=True, axes=_LLAMA_AXES)
 
 MISTRAL = replace(LLAMA, divisible=False)  # and Qwen
 

@@ -95,8 +95,8 @@ def distill(
                 positions = loss.looked_at(batch["labels"])
                 with autocast(precision, accelerator.device):
                     with torch.no_grad():
-                        theirs = forward(frozen, batch["input_ids"], positions) if loss.compares else None
-                    ours = forward(student, batch["input_ids"], positions)
+                        theirs = forward(frozen, batch["input_ids"], positions, in_pieces=True) if loss.compares else None
+                    ours = forward(student, batch["input_ids"], positions, in_pieces=True)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])
                 del ours, theirs  # the backward needs the room, and neither of them

@@ -7,18 +7,43 @@ models in float32 without dropout; nothing here knows of pruning beyond followin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .fused import CrossEntropy, Divergence, ScoreDifference, StateDifference, precise
 from .narrowing import replace_parameter
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
 IGNORED = -100  # label of a position that is not predicted
+
+
+LOGITS_AT_ONCE = 2**25  # elements: 128 MiB in float32, 1,099 positions of BERT's vocabulary
+
+
+class LogitsInPieces(NamedTuple):
+    """Logits that are made where they are looked at, since all of them are more than should be held at once."""
+
+    states: Tensor  # (N, D), last hidden states
+    head: Callable[[Tensor], Tensor]  # (n, D) to (n, V)
+    vocab_size: int
+
+    @property
+    def pieces(self) -> list[slice]:
+        """The positions that are worked on together."""
+        size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        return [slice(start, start + size) for start in range(0, len(self.states), size)]
+
+    def at(self, rows: slice) -> Tensor:
+        return self.head(self.states[rows])
+
+    def all(self) -> Tensor:
+        return self.head(self.states)
 
 
 class QueryKey(NamedTuple):
@@ -204,7 +229,7 @@ class DistillationLoss(nn.Module):
         Args:
             student, teacher: Hugging Face outputs with `logits`, `hidden_states` (L + 1 of them) and
                 `attentions`, as `hdlib.forward` gives them: L QueryKey pairs. The logits are (B, S, V),
-                or (N, V) for the positions the loss looks at. Attention probabilities (B, H, S, S) do
+                or (N, V) for the positions the loss looks at, in pieces on both sides or on none. Attention probabilities (B, H, S, S) do
                 for attention_target="probs". The teacher may be None where the loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
@@ -218,13 +243,11 @@ class DistillationLoss(nn.Module):
             raise ValueError("no position of this batch has a label: nothing was masked")
         if weights["mlm"] or weights["prediction"]:
             looked_at = self.looked_at(labels, attention_mask)
-            student_logits = _at(student.logits, looked_at, "student")  # (N, V)
-            if weights["mlm"]:
-                labelled = labels[looked_at]  # (N,), -100 where only the prediction term looks
-                terms["mlm"] = mlm_loss(student_logits, labelled)
-            if weights["prediction"]:
-                teacher_logits = _at(teacher.logits, looked_at, "teacher")  # (N, V)
-                terms["prediction"] = prediction_loss(student_logits, teacher_logits, self.temperature)
+            labelled = labels[looked_at]  # (N,), -100 where only the prediction term looks
+            ours = _at(student.logits, looked_at, "student")
+            theirs = _at(teacher.logits, looked_at, "teacher") if weights["prediction"] else None
+            whole = not isinstance(ours, LogitsInPieces)
+            terms |= (self._over_vocabulary if whole else self._in_pieces)(ours, theirs, labelled)
         if weights["hidden"] or weights["embedding"]:
             _same_layers("hidden states", student.hidden_states, teacher.hidden_states, len(self.heads) + 1)
         if weights["hidden"]:
@@ -272,6 +295,33 @@ class DistillationLoss(nn.Module):
             old = module._parameters[name]
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
 
+    def _over_vocabulary(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """The two terms over the words, from logits (N, V) and labels (N,)."""
+        terms = {}
+        if self.weights["mlm"]:
+            terms["mlm"] = mlm_loss(student, labels)
+        if self.weights["prediction"]:
+            terms["prediction"] = prediction_loss(student, teacher, self.temperature)
+        return terms
+
+    def _in_pieces(
+        self, student: LogitsInPieces, teacher: LogitsInPieces | None, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The same, where the logits of some positions exist at a time; they are made once more on the way back."""
+
+        def at(rows: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                theirs = None if teacher is None else teacher.at(rows)  # (n, V)
+            return self._over_vocabulary(student.at(rows), theirs, labels[rows])
+
+        counted = {"mlm": labels != IGNORED, "prediction": torch.ones_like(labels, dtype=torch.bool)}
+        sums = dict.fromkeys(counted, 0.0)
+        for rows in student.pieces:
+            for name, mean in checkpoint(at, rows, use_reentrant=False, preserve_rng_state=False).items():
+                if counted[name][rows].any():  # the mean over nothing is none
+                    sums[name] = sums[name] + mean * counted[name][rows].sum()
+        return {name: total / counted[name].sum() for name, total in sums.items() if self.weights[name]}
+
     def _attention(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The attention term of one layer, from what the two models recorded."""
         compared = [select_heads(recorded, heads) for recorded in (student, teacher)]
@@ -311,12 +361,13 @@ def _in_teacher_space(states: Tensor, projection: Tensor, target: Tensor) -> Ten
     return states if fixed else states @ projection
 
 
-def _at(logits: Tensor, positions: Tensor, who: str) -> Tensor:
+def _at(logits: Tensor | LogitsInPieces, positions: Tensor, who: str) -> Tensor | LogitsInPieces:
     """The logits of the positions looked at, (N, V), whether the model gave all of them or only those."""
-    if logits.dim() == 3:
+    if isinstance(logits, Tensor) and logits.dim() == 3:
         return logits[positions]
-    if len(logits) != int(positions.sum()):
-        raise ValueError(f"the {who} gave logits for {len(logits)} positions, the loss looks at {int(positions.sum())}")
+    given = len(logits.states if isinstance(logits, LogitsInPieces) else logits)
+    if given != int(positions.sum()):
+        raise ValueError(f"the {who} gave logits for {given} positions, the loss looks at {int(positions.sum())}")
     return logits
 
 

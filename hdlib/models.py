@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -24,10 +26,11 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MaskedLMOutput
 from transformers.utils import logging
 
 from .families import FAMILIES
-from .losses import QueryKey, Scores
+from .losses import LogitsInPieces, QueryKey, Scores
 from .widths import UnsupportedArchitecture, Widths, family, set_widths, unsupported
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
@@ -155,7 +158,14 @@ def recording(*models: PreTrainedModel):
             model.set_attn_implementation(implementation)
 
 
-def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None = None, attention_mask=None):
+def forward(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    in_pieces: bool = False,
+) -> MaskedLMOutput:
     """Run a model so that its outputs hold everything `DistillationLoss` compares.
 
     Args:
@@ -164,6 +174,7 @@ def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None 
         positions: (B, S) of bool; the head runs at these N positions only and the logits are (N, V).
             None: everywhere, (B, S, V).
         attention_mask: (B, S), or None if there is no padding.
+        in_pieces: where the N positions have more logits than should be held at once, give LogitsInPieces.
 
     Returns:
         Hugging Face outputs with `logits`, `hidden_states` (L + 1 of (B, S, D)) and `attentions` (L
@@ -172,11 +183,35 @@ def forward(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family(model).causal:
         inputs["use_cache"] = False
-    with _recording_once(model), head_at(model, positions), _SoftmaxInputs(not model._supports_sdpa) as seen:
-        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
-    if seen.scores:
-        outputs.attentions = tuple(Scores.of(scores) for scores in seen.scores)
-    return outputs
+    with _recording_once(model), _SoftmaxInputs(not model._supports_sdpa) as seen:
+        outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
+    attentions = tuple(Scores.of(scores) for scores in seen.scores) or outputs.attentions
+    states = outputs.last_hidden_state  # (B, S, D)
+    if positions is None:
+        logits = head(model, states)
+    else:
+        logits = LogitsInPieces(states[positions], partial(head, model), model.config.vocab_size)
+        if not in_pieces or len(logits.pieces) == 1:
+            logits = logits.all()
+    return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=attentions)
+
+
+def base_model(model: PreTrainedModel) -> torch.nn.Module:
+    """A language model without its head: from tokens to the last hidden state."""
+    return model.get_submodule(family(model).base or model.base_model_prefix)
+
+
+def head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits (..., V) from last hidden states (..., D), whatever a stock class does on the way.
+
+    Its own forward is run, with these states for what its base model answers. The vocabulary is the most expensive layer:
+    at 15 % of the positions it costs 15 %, and no (B, S, V) tensor is ever made.
+    """
+    row = states.reshape(1, -1, states.shape[-1])
+    answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
+    with patch.object(base_model(model), "forward", lambda *arguments, **options: answer):
+        logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long)).logits
+    return logits.view(*states.shape[:-1], -1)
 
 
 @contextmanager
@@ -187,25 +222,6 @@ def _recording_once(model: PreTrainedModel):
     else:
         with recording(model):
             yield
-
-
-@contextmanager
-def head_at(model: PreTrainedModel, positions: Tensor | None):
-    """Let the head see the last hidden state (B, S, D) at some positions only, as (N, D).
-
-    The vocabulary is the most expensive layer: at 15 % of the positions it costs 15 %, and no
-    (B, S, V) tensor is ever made.
-    """
-    if positions is None:
-        yield
-        return
-    modules = dict(model.named_children())
-    head = next(modules[name] for name in family(model).head if name in modules)
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class _SoftmaxInputs(TorchFunctionMode):

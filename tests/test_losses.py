@@ -8,13 +8,14 @@ import torch
 from torch.nn import functional
 
 import hdlib
-from hdlib import fused
+from hdlib import fused, losses
 from hdlib.cost import peak_memory
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
 
 from conftest import random_batch, random_bert
-from invariants import loss_for
+from invariants import close, loss_for
+from models import KINDS, random_model
 
 
 def softmax(logits):
@@ -199,6 +200,55 @@ def test_prediction_at_all_positions_takes_them_all():
     terms = loss(ours, theirs, labels)
     torch.testing.assert_close(terms.prediction, expected)
     torch.testing.assert_close(terms.mlm, mlm_loss(ours.logits[labels != -100], labels[labels != -100]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
+    """Every family's own way to its logits, four positions at a time, backward too; a piece may have no label."""
+    model, teacher = random_model(kind).double(), random_model(kind, seed=5).double()
+    input_ids, labels = random_batch()
+    labels[0] = -100
+    found = []
+    for at_once in (losses.LOGITS_AT_ONCE, 4 * model.config.vocab_size):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        loss = loss_for(model, positions=positions, temperature=2.0).double()
+        looked_at = loss.looked_at(labels)
+        with torch.no_grad():
+            theirs = forward(teacher, input_ids, looked_at, in_pieces=True)
+        ours = forward(model, input_ids, looked_at, in_pieces=True)
+        assert isinstance(ours.logits, torch.Tensor) == (at_once == 2**25)
+        if isinstance(ours.logits, torch.Tensor):
+            close(ours.logits, model(input_ids).logits[looked_at], 1e-12)
+        model.zero_grad()
+        terms = loss(ours, theirs, labels)
+        terms.total.backward()
+        found.append(terms.named() | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, whole in found[0].items():
+        close(found[1][name], whole, 1e-9)
+
+
+def test_logits_in_pieces_are_not_held(monkeypatch):
+    """Four positions of 2,048 words at a time, out of 32: teacher, student, gradients would be 256 KiB each."""
+    model = random_bert(vocabulary=2048)
+    input_ids, labels = random_batch()
+    loss = loss_for(model, positions="all", hidden=0, attention=0, embedding=0)
+
+    def held(in_pieces):
+        def step():
+            ours, theirs = (
+                forward(model, input_ids, loss.looked_at(labels), in_pieces=in_pieces) for _ in range(2)
+            )
+            loss(ours, theirs, labels).total.backward()
+
+        step()  # gradients of the weights are there already
+        return peak_memory(step)
+
+    whole = held(False)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * 2048)
+    saved = whole - held(True)
+    assert saved > 3 * labels.numel() * 2048 * 4
 
 
 def test_a_term_of_weight_zero_is_left_out():

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 import hdlib
 from hdlib.losses import IGNORED, TERMS, DistillationLoss, LossTerms
-from hdlib.models import forward, head_at, recording, student_of
+from hdlib.models import base_model, forward, head, recording, student_of
 from hdlib.precision import autocast, cast_once
 
 SHAPES = {
@@ -91,12 +91,14 @@ class Work:
         self.student.zero_grad()
         positions = self.labels != IGNORED
         with self.setting.autocast():
-            with torch.no_grad(), head_at(self.teacher, positions):
-                self.teacher(self.input_ids)
-            with head_at(self.student, positions):
-                logits = self.student(self.input_ids).logits
+            with torch.no_grad():
+                self._logits(self.teacher, positions)
+            logits = self._logits(self.student, positions)
             loss = F.cross_entropy(logits.float(), self.labels[positions])
         loss.backward()
+
+    def _logits(self, model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:
+        return head(model, base_model(model)(self.input_ids).last_hidden_state[positions])
 
     def naive(self) -> None:
         """The same five terms as most distillation code writes them: eager attention, logits of all words."""
