@@ -88,7 +88,7 @@ def _overrides(pairs: list[str]) -> dict:
         if not equals:
             raise Mistake(f"--set takes NAME=VALUE; got {pair!r}")
         value = yaml.safe_load(text)
-        is_path = name in ("teacher", "corpus") and isinstance(value, str) and Path(value).exists()
+        is_path = name in ("teacher", "corpus", "tables") and isinstance(value, str) and Path(value).exists()
         values[name] = str(Path(value).resolve()) if is_path else value
     return values
 

@@ -279,8 +279,9 @@ def test_mistakes_in_a_scale_are_named(workshop, monkeypatch, tmp_path):
 def test_a_path_stays_one_where_the_notebook_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
-    assert command._overrides(["corpus=text", "teacher=embedded", "steps=4"]) == {
+    assert command._overrides(["corpus=text", "tables=text", "teacher=embedded", "steps=4"]) == {
         "corpus": str(tmp_path / "text"),
+        "tables": str(tmp_path / "text"),
         "teacher": "embedded",
         "steps": 4,
     }
