@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -277,11 +279,16 @@ def _pack(
         RECIPE,
     )
 
-    def pack(texts: list[str | None]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer([text for text in texts if text], add_special_tokens=False, verbose=False)["input_ids"]
-        stream = list(chain.from_iterable([*tokens, between] for tokens in encoded if tokens))
-        pieces = (stream[i : i + room] for i in range(0, len(stream) - room + 1, room))
-        return {"input_ids": [[*frame[0], *piece, *frame[1]] for piece in pieces]}
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, so that the tokenizer stays as it is
+    encoder.no_truncation(), encoder.no_padding()
+
+    def pack(texts: list[str | None]) -> dict[str, np.ndarray]:
+        encoded = encoder.encode_batch_fast([text for text in texts if text], add_special_tokens=False)
+        documents = [np.array([*tokens.ids, between], dtype=np.int32) for tokens in encoded if len(tokens)]
+        stream = np.concatenate([np.empty(0, dtype=np.int32), *documents])
+        pieces = stream[: len(stream) // room * room].reshape(-1, room)
+        start, end = ([np.full((len(pieces), 1), token, dtype=np.int32) for token in part] for part in frame)
+        return {"input_ids": np.hstack([*start, pieces, *end])}
 
     return documents.map(
         pack,
