@@ -93,10 +93,11 @@ def distill(
             with applied(masks):
                 # 1. Teacher and student read the same batch; their heads only what the loss looks at.
                 positions = loss.looked_at(batch["labels"])
+                read = {"input_ids": batch["input_ids"], "positions": positions, "in_pieces": True}
                 with autocast(precision, accelerator.device):
                     with torch.no_grad():
-                        theirs = forward(frozen, batch["input_ids"], positions, in_pieces=True) if loss.compares else None
-                    ours = forward(student, batch["input_ids"], positions, in_pieces=True)
+                        theirs = forward(frozen, **read) if loss.compares else None
+                    ours = forward(student, **read)
                     # 2. The total loss: language modelling and the distillation terms.
                     terms = loss(ours, theirs, batch["labels"])
                 del ours, theirs  # the backward needs the room, and neither of them

@@ -229,8 +229,9 @@ class DistillationLoss(nn.Module):
         Args:
             student, teacher: Hugging Face outputs with `logits`, `hidden_states` (L + 1 of them) and
                 `attentions`, as `hdlib.forward` gives them: L QueryKey pairs. The logits are (B, S, V),
-                or (N, V) for the positions the loss looks at, in pieces on both sides or on none. Attention probabilities (B, H, S, S) do
-                for attention_target="probs". The teacher may be None where the loss `compares` nothing.
+                or (N, V) for the positions the loss looks at, in pieces on both sides or on none. Attention
+                probabilities (B, H, S, S) do for attention_target="probs". The teacher may be None where the
+                loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
 
@@ -304,9 +305,7 @@ class DistillationLoss(nn.Module):
             terms["prediction"] = prediction_loss(student, teacher, self.temperature)
         return terms
 
-    def _in_pieces(
-        self, student: LogitsInPieces, teacher: LogitsInPieces | None, labels: Tensor
-    ) -> dict[str, Tensor]:
+    def _in_pieces(self, student: LogitsInPieces, teacher: LogitsInPieces | None, labels: Tensor) -> dict[str, Tensor]:
         """The same, where the logits of some positions exist at a time; they are made once more on the way back."""
 
         def at(rows: slice) -> dict[str, Tensor]:

@@ -204,8 +204,8 @@ def base_model(model: PreTrainedModel) -> torch.nn.Module:
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits (..., V) from last hidden states (..., D), whatever a stock class does on the way.
 
-    Its own forward is run, with these states for what its base model answers. The vocabulary is the most expensive layer:
-    at 15 % of the positions it costs 15 %, and no (B, S, V) tensor is ever made.
+    Its own forward is run, with these states for what its base model answers. The vocabulary is the most expensive
+    layer: at 15 % of the positions it costs 15 %, and no (B, S, V) tensor is ever made.
     """
     row = states.reshape(1, -1, states.shape[-1])
     answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)

@@ -237,9 +237,7 @@ def test_logits_in_pieces_are_not_held(monkeypatch):
 
     def held(in_pieces):
         def step():
-            ours, theirs = (
-                forward(model, input_ids, loss.looked_at(labels), in_pieces=in_pieces) for _ in range(2)
-            )
+            ours, theirs = (forward(model, input_ids, loss.looked_at(labels), in_pieces=in_pieces) for _ in range(2))
             loss(ours, theirs, labels).total.backward()
 
         step()  # gradients of the weights are there already
