@@ -58,7 +58,7 @@ def estimate(study: Study, measured: Path, scale: Scale) -> str:
     masked positions included; the student's share of the teacher is that of the measured runs. What
     the machine computes in a second is taken from them too, so a different kind of machine is not covered.
     """
-    runs = [hdlib.Run.load(folder.parent) for folder in sorted((measured / "runs").glob("*/run.json"))]
+    runs = [hdlib.Run.load(file.parent) for file in sorted((measured / "runs").rglob("run.json"))]
     if not runs:
         raise Mistake(f"{measured} holds no finished runs to measure a step of: run a smaller scale first")
     share = mean(_share_of_teacher(run) for run in runs)
