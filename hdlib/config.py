@@ -22,6 +22,7 @@ class DistillConfig:
 
     steps: int = 1000  # T, optimiser steps
     batch_size: int = 32  # B, blocks a step over all processes
+    micro_batch_size: int = 0  # blocks that go through the models at once, gradients add up; 0: a process's whole share
     target: float | Widths | dict = 0.29  # what is kept of every width, or the shape to reach
     multiple_of: int = 1  # of hidden and feed-forward widths, on the way and for a ratio in the end; 16 is faster
     initial: str = "teacher"  # the student starts as the teacher's copy; or random, fresh weights of the target shape
@@ -59,6 +60,7 @@ class DistillConfig:
     eval_blocks: int = 64  # held-out blocks measured
     eval_prunes: bool = False  # measure just before and just after every prune too
     checkpoint_every: int = 100  # steps from one checkpoint to the next
+    keep_last: int = 2  # checkpoints that stay
 
     def __post_init__(self):
         if isinstance(self.target, dict):
@@ -67,9 +69,9 @@ class DistillConfig:
             object.__setattr__(self, "target", Widths(**self.target))
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_types()
-        whole = ("steps", "batch_size", "multiple_of", "prune_every", "eval_every", "eval_blocks", "checkpoint_every")
-        for name in whole:
+        for name in _COUNTS:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
+        _require(self.micro_batch_size >= 0, f"micro_batch_size is at least 0; got {self.micro_batch_size}")
         for name in ("learning_rate", "max_grad_norm", "eps"):
             _require(getattr(self, name) > 0, f"{name} must be above 0; got {getattr(self, name)}")
         for name, choices in _CHOICES.items():
@@ -197,6 +199,18 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# What a run may go on with changed: it says how the same numbers are had, not which.
+MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "multiple_of",
+    "prune_every",
+    "eval_every",
+    "eval_blocks",
+    "checkpoint_every",
+    "keep_last",
+)
 _CHOICES = {
     "initial": ("teacher", "random"),
     "schedule": tuple(SCHEDULES),

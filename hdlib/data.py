@@ -169,6 +169,19 @@ class TrainingBatches(torch.utils.data.Dataset):
         return int(self._order[1][place])
 
 
+def micro_batches(
+    batch: dict[str, Tensor], size: int, device: torch.device | str
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """A batch in parts of `size` blocks (0: all of them), each with its share of the batch, on the device in turn.
+
+    Every block has as many labels as any other, so means over the parts, weighted by the shares, are the batch's.
+    """
+    blocks = len(batch["input_ids"])
+    for start in range(0, blocks, size or blocks):
+        part = {name: tensor[start : start + (size or blocks)].to(device) for name, tensor in batch.items()}
+        yield part, len(part["input_ids"]) / blocks
+
+
 def batches(blocks: Dataset, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
     """Blocks in their order as batches of (B, S) tensors, the last one perhaps smaller."""
     for batch in blocks.with_format("torch").iter(batch_size):

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DistillConfig
-from .data import Masking, NextToken, TrainingBatches
-from .discrepancy import discrepancy
-from .families import HIDDEN
-from .losses import DistillationLoss, LossTerms
-from .masking import Masks, applied
-from .models import forward, random_student, recording, student_of, without_bars
+from .config import MAY_CHANGE, DistillConfig
+from .data import Masking, NextToken, TrainingBatches, micro_batches
+from .interruptions import Stopped, StopRequest, enough_memory
+from .masking import applied
+from .models import forward, recording
 from .narrowing import narrow
 from .precision import autocast, bfloat16_gain, cast_once, chosen
 from .runs import Run
-from .scorers import Scorer, scorer
-from .widths import Widths, all_neurons, family
+from .training import Training
+from .widths import Widths, family
 
 
 class Diverged(ArithmeticError):
@@ -61,66 +59,79 @@ def distill(
 
     Raises:
         ValueError: anything that makes the run impossible, before the first step.
-        FileExistsError: `run_dir` holds another run.
-        Diverged: a loss or gradient that is not finite. Checkpoints up to then stay.
+        FileExistsError: `run_dir` holds another run, or another process is writing to it.
+        Diverged: a loss or gradient that is not finite.
+        Stopped: SIGTERM came; the step was finished and there is a checkpoint of it.
+        MemoryError: memory does not suffice; the message says which settings to lower.
+        OSError: something could not be written, on a full disk for instance.
+        Checkpoints up to then stay, and `resume` goes on from the newest.
     """
     accelerator = Accelerator()
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
     arguments = _arguments(config, teacher, train, validation)
     arguments["precision"] = chosen(config.precision, accelerator.device)
-    run = _open_run(accelerator, run_dir, arguments, resume)
-    if run.finished:
-        return run
-    precision = run.arguments["precision"]
-    teacher = teacher.float().eval().to(accelerator.device)
+    with _opened(accelerator, run_dir, arguments, resume) as run, enough_memory(run):
+        if run.finished:
+            return run
+        teacher = teacher.float().eval().to(accelerator.device)
+        held_out = validation.take(min(config.eval_blocks, len(validation)))
+        training = Training.begin(teacher, target, held_out, config, run if resume else None)
+        share = (accelerator.process_index, accelerator.num_processes)
+        task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+        steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
+        batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
+        with _Reporter(accelerator, run, training, tokenizer, on_step) as report:
+            _homotopy(accelerator, training, batches, report)
+        _finish(accelerator, run, training, tokenizer)
+    return run
+
+
+def _homotopy(accelerator: Accelerator, training: Training, batches: DataLoader, report: _Reporter) -> None:
+    """Algorithm 1: from the teacher's copy to the target width, distilling all the way."""
+    config, teacher, student, loss = training.config, training.teacher, training.student, training.loss
+    optimizer, importance, masks = training.optimizer, training.importance, training.masks
+    precision = report.run.arguments["precision"]
     frozen = cast_once(teacher, precision)  # the teacher as the steps read it
-    training = _Training.begin(teacher, config, target, run if resume else None)
-    student, loss, masks = training.student, training.loss, training.masks
-    optimizer, importance = training.optimizer, training.importance
-    held_out = validation.take(min(config.eval_blocks, len(validation)))
-    share = (accelerator.process_index, accelerator.num_processes)
-    task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
-    steps = TrainingBatches(train, task, config.batch_size, config.seed, share)
-    batches = DataLoader(steps, batch_size=None, sampler=range(training.step, config.steps))
-    with _Reporter(accelerator, run, training, config, on_step) as report, recording(frozen, student):
-        report.precision(precision, accelerator.device)
-        if training.step == 0:
-            report.baseline(training.widths, training.discrepancy(teacher, held_out))
+    report.precision(precision, accelerator.device)
+    if training.step == 0:
+        report.baseline(training.widths, training.discrepancy())
+    with recording(frozen, student), StopRequest(accelerator) as stop:
         for step, batch in enumerate(batches, training.step + 1):
             training.start_clock()
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-
-            with applied(masks):
-                # 1. Teacher and student read the same batch; their heads only what the loss looks at.
-                positions = loss.looked_at(batch["labels"])
-                read = {"input_ids": batch["input_ids"], "positions": positions, "in_pieces": True}
-                with autocast(precision, accelerator.device):
-                    with torch.no_grad():
-                        theirs = forward(frozen, **read) if loss.compares else None
-                    ours = forward(student, **read)
-                    # 2. The total loss: language modelling and the distillation terms.
-                    terms = loss(ours, theirs, batch["labels"])
-                del ours, theirs  # the backward needs the room, and neither of them
-                # 3. Backward, and the importance of every neuron while weights and gradients belong together.
-                accelerator.backward(terms.total)
-            _average_gradients(accelerator, optimizer)
+            computed = {}
+            for part, share in micro_batches(batch, config.micro_batch_size, accelerator.device):
+                with applied(masks):
+                    # 1. Teacher and student read the same text; their heads only what the loss looks at.
+                    positions = loss.looked_at(part["labels"])
+                    read = {"input_ids": part["input_ids"], "positions": positions, "in_pieces": True}
+                    with autocast(precision, accelerator.device):
+                        with torch.no_grad():
+                            theirs = forward(frozen, **read) if loss.compares else None
+                        ours = forward(student, **read)
+                        # 2. The total loss: language modelling and the distillation terms.
+                        terms = loss(ours, theirs, part["labels"])
+                    del ours, theirs  # the backward needs the room, and neither of them
+                    # 3. Backward, and the importance of every neuron while weights and gradients belong together.
+                    accelerator.backward(share * terms.total)
+                computed = {name: computed.get(name, 0.0) + share * value for name, value in terms.named().items()}
+            _average_gradients(accelerator, training.parameters)
             if masks is not None:
                 masks.mask_gradients()
             if config.still_prunes(step):
                 importance.update(student)
 
             # 4. The optimiser's step.
-            norm = torch.nn.utils.clip_grad_norm_(_parameters(optimizer), config.max_grad_norm)
-            computed = _numbers(terms, norm)
-            _check_finite(step, computed, run)
+            norm = torch.nn.utils.clip_grad_norm_(training.parameters, config.max_grad_norm)
+            computed = _numbers(computed | {"gradient_norm": norm})
+            _check_finite(step, computed, report.run)
             optimizer.step()
             training.learning_rate.step()
             optimizer.zero_grad()
 
             # 5. Keep the most important neurons, as many as the schedule leaves.
-            widths = config.widths_at(step, teacher, target)
+            widths = config.widths_at(step, teacher, training.target)
             prunes = training.prunes(step, widths)
-            before = training.discrepancy(teacher, held_out) if prunes and config.eval_prunes else {}
+            before = training.discrepancy() if prunes and config.eval_prunes else {}
             if prunes and masks is not None:
                 masks.choose(widths, importance.scores())
             elif prunes:
@@ -131,133 +142,41 @@ def distill(
 
             training.stop_clock(step)
             due = before or step % config.eval_every == 0 or step == config.steps
-            measured = _held_out(training.discrepancy(teacher, held_out)) if due else {}
-            _check_finite(step, measured, run)
+            measured = _held_out(training.discrepancy()) if due else {}
+            _check_finite(step, measured, report.run)
             report.step(computed, training.widths, measured | _named("before_prune", before))
-            if step % config.checkpoint_every == 0 and step < config.steps:
-                report.checkpoint(tokenizer)
-    _finish(accelerator, run, training, target, tokenizer)
-    return run
+            stopped = stop.agreed()
+            if (stopped or step % config.checkpoint_every == 0) and step < config.steps:
+                report.checkpoint()
+                if stopped:
+                    raise Stopped(f"asked to stop, and stopped after step {step}. {report.run.way_back}")
 
 
-def _finish(accelerator: Accelerator, run: Run, training: _Training, target: Widths, tokenizer) -> None:
+def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save the student; what was masked is removed from it first, where a stock model can be had."""
     exported = training.masks is None or training.masks.scope == "local"
     if training.masks is not None and exported:
         training.masks.export()
-    if exported and Widths.of(training.student) != target:
-        raise RuntimeError(f"asked for {target}, got {Widths.of(training.student)}")
+    if exported and Widths.of(training.student) != training.target:
+        raise RuntimeError(f"asked for {training.target}, got {Widths.of(training.student)}")
     if accelerator.is_main_process:
         if training.kept:
             run.save_kept(training.kept)
         if exported:
             run.save_student(training.student, tokenizer)
         else:
-            run.save_checkpoint(training.step, training.student, tokenizer, training.state())
+            run.save_checkpoint(training.step, training.student, tokenizer, training.state(), training.config.keep_last)
     accelerator.wait_for_everyone()
-
-
-class _Training:
-    """All that changes while training: what a checkpoint must hold."""
-
-    def __init__(self, student: PreTrainedModel, loss: DistillationLoss, importance: Scorer, config: DistillConfig):
-        self.student, self.loss, self.importance, self.config = student, loss, importance, config
-        self.masks = Masks(student, loss, config.scope, config.recover) if config.under_masks else None
-        self.optimizer = _optimizer(student, loss, config)
-        self.learning_rate = get_linear_schedule_with_warmup(
-            self.optimizer, round(config.warmup * config.steps), config.steps
-        )
-        self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
-        self._kept = all_neurons(student) if config.initial == "teacher" else {}
-
-    @classmethod
-    def begin(cls, teacher: PreTrainedModel, config: DistillConfig, target: Widths, resumed: Run | None) -> _Training:
-        """Step 0, or where the newest sound checkpoint of a run left off."""
-        for folder in reversed(resumed.checkpoints() if resumed else []):
-            try:
-                return cls._from_checkpoint(folder, teacher, config, resumed)
-            except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
-                tqdm.write(f"{folder} cannot be read ({error}); going on from the one before")
-        if resumed:
-            resumed.rewind(-1)
-        copied = config.initial == "teacher"
-        student = student_of(teacher) if copied else random_student(teacher, target, config.seed)
-        loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
-        return cls(student, loss, scorer(config.scorer, **config.scorer_options()), config)
-
-    @classmethod
-    def _from_checkpoint(cls, folder: Path, teacher: PreTrainedModel, config: DistillConfig, run: Run) -> _Training:
-        state = torch.load(folder / "training_state.pt", map_location=teacher.device, weights_only=True)
-        with without_bars():
-            student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
-        loss = _loss(teacher, Widths.of(student), config).to(teacher.device)
-        loss.load_state_dict(state["loss"])
-        importance = scorer(config.scorer, **config.scorer_options())
-        importance.load_state_dict(state["importance"])
-        training = cls(student.requires_grad_(True).eval(), loss, importance, config)
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.learning_rate.load_state_dict(state["learning_rate"])
-        if training.masks is not None:
-            training.masks.load_state_dict(state["masks"])
-        training.step, training.seconds, training._kept = state["step"], state["seconds"], state["kept"]
-        run.rewind(training.step)
-        return training
-
-    def start_clock(self) -> None:
-        self._started = perf_counter()
-
-    def stop_clock(self, step: int) -> None:
-        self.step, self.last_seconds = step, perf_counter() - self._started
-        self.seconds += self.last_seconds
-
-    def prunes(self, step: int, widths: Widths) -> bool:
-        """Whether neurons are to go after this step (or, under masks, to be ranked anew)."""
-        due = widths != self.widths if self.masks is None else self.config.chooses_at(step)
-        return due and widths.fits_in(self.widths)
-
-    def keep(self, kept: dict[str, torch.Tensor]) -> None:
-        self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
-
-    @property
-    def kept(self) -> dict[str, torch.Tensor]:
-        """Which of the teacher's neurons and heads the student still has; empty if it was never its copy."""
-        return self._kept if self.masks is None else self.masks.kept
-
-    @property
-    def widths(self) -> Widths:
-        return Widths.of(self.student) if self.masks is None else self.masks.widths
-
-    def discrepancy(self, teacher: PreTrainedModel, held_out) -> dict[str, float]:
-        """The held-out measures of the student as it is; the step's clock stands still meanwhile."""
-        started = perf_counter()
-        neurons = None if self.masks is None else self.masks.kept.get(HIDDEN)
-        with applied(self.masks):
-            measured = discrepancy(self.student, teacher, held_out, neurons=neurons, heads=self.loss.heads)
-        self._started += perf_counter() - started
-        return measured
-
-    def state(self) -> dict:
-        masks = {} if self.masks is None else {"masks": self.masks.state_dict()}
-        return masks | {
-            "step": self.step,
-            "seconds": self.seconds,
-            "kept": self._kept,
-            "loss": self.loss.state_dict(),
-            "importance": self.importance.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "learning_rate": self.learning_rate.state_dict(),
-        }
 
 
 class _Reporter:
     """Tells what happens: metrics.jsonl, the progress bar, checkpoints, and whoever asked through on_step."""
 
-    def __init__(self, accelerator: Accelerator, run: Run, training: _Training, config: DistillConfig, on_step):
-        self.run, self.training, self.on_step = run, training, on_step or (lambda record: None)
-        self.main = accelerator.is_main_process
-        self.bar = tqdm(
-            total=config.steps, initial=training.step, desc=run.folder.name, unit="step", disable=not self.main
-        )
+    def __init__(self, accelerator: Accelerator, run: Run, training: Training, tokenizer, on_step):
+        self.accelerator, self.run, self.training, self.tokenizer = accelerator, run, training, tokenizer
+        self.on_step, self.main = on_step or (lambda record: None), accelerator.is_main_process
+        steps = training.config.steps
+        self.bar = tqdm(total=steps, initial=training.step, desc=run.folder.name, unit="step", disable=not self.main)
         self.last = {}
 
     def __enter__(self):
@@ -284,9 +203,13 @@ class _Reporter:
         self._tell(record | _widths_record(widths) | measured)
         self.bar.update()
 
-    def checkpoint(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def checkpoint(self) -> None:
+        training = self.training
         if self.main:
-            self.run.save_checkpoint(self.training.step, self.training.student, tokenizer, self.training.state())
+            self.run.save_checkpoint(
+                training.step, training.student, self.tokenizer, training.state(), training.config.keep_last
+            )
+        self.accelerator.wait_for_everyone()  # nobody may end the run while it is being written
 
     def _tell(self, record: dict) -> None:
         if not self.main:
@@ -300,16 +223,19 @@ class _Reporter:
         self.on_step(record)
 
 
-def _open_run(accelerator: Accelerator, run_dir, arguments: dict, resume: bool) -> Run:
-    if resume and (Path(run_dir) / "run.json").exists():
-        run = Run.load(run_dir)
-        _check_unchanged(run, arguments)
-        return run
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        Run.start(run_dir, arguments, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    return Run.load(run_dir)
+@contextmanager
+def _opened(accelerator: Accelerator, run_dir, arguments: dict, resume: bool) -> Iterator[Run]:
+    """The folder of the run, begun or taken up again, for this run alone until it ends; a finished one is just read."""
+    run = Run(run_dir)
+    with ExitStack() as held:
+        if accelerator.is_main_process and not (resume and run.finished):
+            held.enter_context(run.alone())
+            if not (resume and run.begun):
+                Run.start(run_dir, arguments, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        if resume:
+            _check_unchanged(run, arguments)
+        yield run
 
 
 def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validation) -> dict:
@@ -320,48 +246,25 @@ def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validatio
 def _check_unchanged(run: Run, arguments: dict) -> None:
     for part in ("config", "blocks"):
         was, now = run.arguments[part], arguments[part]
-        changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+        fixed = [name for name in now if name not in MAY_CHANGE]
+        changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in fixed if was.get(name) != now[name]]
         if changed:
             raise ValueError(f"{run.folder} holds a run with another {part}: {'; '.join(changed)}")
 
 
-def _loss(teacher: PreTrainedModel, widths: Widths, config: DistillConfig) -> DistillationLoss:
-    return DistillationLoss(
-        teacher.config.hidden_size,
-        teacher.config.num_hidden_layers,
-        widths.heads,
-        student_hidden_size=widths.hidden,
-        **config.loss_options(),
-    )
-
-
-def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: DistillConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and the projections (decay would pull them off the identity) do not decay."""
-    parameters = list(student.parameters())
-    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _average_gradients(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+def _average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
     """The gradient of the global batch on every process, so that all rank the same neurons highest.
 
     Explicit instead of DistributedDataParallel, which would have to be wrapped anew after every prune.
     """
     if accelerator.num_processes > 1:
-        for parameter in _parameters(optimizer):
+        for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
-def _numbers(terms: LossTerms, norm: torch.Tensor) -> dict[str, float]:
+def _numbers(computed: dict[str, torch.Tensor]) -> dict[str, float]:
     """What a step computed, as plain numbers: a GPU is waited for once, when all of it is under way."""
-    computed = terms.named() | {"gradient_norm": norm}
     return dict(zip(computed, torch.stack(list(computed.values())).tolist(), strict=True))
 
 
@@ -369,11 +272,9 @@ def _check_finite(step: int, values: dict[str, float], run: Run) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         name = next((name for name in broken if name != "total"), broken[0])
-        saved = run.checkpoints()
         raise Diverged(
-            f"step {step}: {name.replace('_', ' ')} is {values[name]}. "
-            + (f"The last good checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. ")
-            + "A lower learning_rate or a longer warmup is the usual way out."
+            f"step {step}: {name.replace('_', ' ')} is {values[name]}. {run.way_back} "
+            "A lower learning_rate or a longer warmup is the usual way out."
         )
 
 

@@ -1,12 +1,11 @@
 """Runs are folders: what a training did, in files that outlive it.
 
-    run.json                    arguments, versions, teacher, data; written before the first step
-    metrics.jsonl               one line of JSON for each logged step
-    checkpoints/step_00000400/  a stock model folder, the tokenizer, and training_state.pt beside them
-    kept.json                   which of the teacher's neurons the student still has, by group; written before it
-    student/                    the result, a stock model folder; missing where neurons were ranked over all layers
-
-Folders are written under a temporary name and renamed, so that what has its name is whole.
+run.json                    arguments, versions, teacher, data; written before the first step
+metrics.jsonl               one line of JSON for each logged step
+checkpoints/step_00000400/  a stock model folder, the tokenizer, and the training state beside them
+kept.json                   which of the teacher's neurons the student still has, by group; written before it
+student/                    the result, a stock model folder; missing where neurons were ranked over all layers
+.lock                       held by the process that writes here
 """
 
 from __future__ import annotations
@@ -15,15 +14,19 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoints import save_folder
 from .models import language_model_class, without_bars
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "kept.json", "student")
@@ -44,7 +47,7 @@ class Run:
             FileNotFoundError: no run.json there.
         """
         run = cls(folder)
-        if not run._file("run.json").exists():
+        if not run.begun:
             raise FileNotFoundError(f"{folder} is no run folder: it holds no run.json")
         return run
 
@@ -61,6 +64,29 @@ class Run:
         description = {"arguments": arguments, "processes": processes, "versions": _versions(), "machine": _machine()}
         _write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
         return run
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder: two runs that write to one would mix.
+
+        Raises:
+            FileExistsError: another process holds it.
+            OSError: nothing can be written there.
+        """
+        lock = FileLock(self._file(".lock"), timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise FileExistsError(
+                f"another process is writing to {self.folder}: wait for it, or name another folder"
+            ) from error
+        except OSError as error:
+            raise OSError(f"nothing can be written to {self.folder} ({error.strerror}): name another folder") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def description(self) -> dict:
@@ -84,8 +110,12 @@ class Run:
         return [json.loads(line) for line in lines]
 
     @property
+    def begun(self) -> bool:
+        return self._file("run.json").exists()
+
+    @property
     def finished(self) -> bool:
-        return self._file("student").is_dir() or self._last_step().is_dir()
+        return self.begun and (self._file("student").is_dir() or self._last_step().is_dir())
 
     @property
     def student_folder(self) -> Path:
@@ -127,20 +157,36 @@ class Run:
         """The checkpoint of the last step: only a run that must stay under its masks has one."""
         return self._file("checkpoints") / f"step_{self.arguments['config']['steps']:08d}"
 
+    @property
+    def way_back(self) -> str:
+        """Where a run that cannot go on may be taken up again, in words."""
+        saved = self.checkpoints()
+        return f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl."""
-        with self._file("metrics.jsonl").open("a") as file:
+        with self._written("metrics.jsonl"), self._file("metrics.jsonl").open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
-    def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int = 2) -> None:
+    def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int) -> None:
         """Save model, tokenizer and training state as of after `step`; keep the newest `keep` of them."""
         folder = self._file("checkpoints") / f"step_{step:08d}"
-        _save_folder(folder, model, tokenizer, state)
+        with self._written(f"the checkpoint of step {step}"):
+            save_folder(folder, model, tokenizer, state)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
     def save_student(self, model, tokenizer) -> None:
-        _save_folder(self._file("student"), model, tokenizer)
+        with self._written("the student"):
+            save_folder(self._file("student"), model, tokenizer)
+
+    @contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        """Say what could not be written, and that it is not for nothing: a disk that is full, for instance."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{what} could not be written to {self.folder}: {error}. {self.way_back}") from error
 
     def save_kept(self, kept: dict[str, torch.Tensor]) -> None:
         indices = {name: neurons.tolist() for name, neurons in sorted(kept.items())}
@@ -153,18 +199,6 @@ class Run:
 
     def _file(self, name: str) -> Path:
         return self.folder / name
-
-
-def _save_folder(folder: Path, model, tokenizer, state: dict | None = None) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with without_bars():
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if state is not None:
-        torch.save(state, temporary / "training_state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -139,7 +139,7 @@ def test_a_broken_checkpoint_is_passed_over(teacher, tokenizer, blocks, config, 
     whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
-    newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training_state.pt"
+    newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())

@@ -7,6 +7,7 @@ import torch
 
 import hdlib
 from hdlib import DistillConfig, Masks, Widths
+from hdlib.checkpoints import load_state
 from hdlib.models import forward
 
 from conftest import random_batch
@@ -190,7 +191,7 @@ def test_a_run_with_a_global_quota_says_why_it_has_no_student(teacher, tokenizer
     assert run.finished and run.metrics["intermediate_size"].iloc[-1] == 28
     with pytest.raises(FileNotFoundError, match=r"scope='global'.*no stock class can hold.*step_00000024"):
         run.student()
-    state = torch.load(run.checkpoints()[-1] / "training_state.pt", weights_only=True)
+    state = load_state(run.checkpoints()[-1])
     assert sum(len(state["masks"]["kept"][f"layer.{layer}.ffn"]) for layer in range(2)) == 2 * 28
     again = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True, on_step=pytest.fail)
     assert again.finished
