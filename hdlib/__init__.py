@@ -5,6 +5,7 @@ from .arms import Bench, compare, final_table, overlap, pick
 from .config import DistillConfig
 from .data import load_corpus
 from .discrepancy import discrepancy
+from .interruptions import Stopped
 from .loop import Diverged, distill
 from .losses import DistillationLoss, LossTerms
 from .masking import Masks
@@ -39,6 +40,7 @@ __all__ = [
     "LossTerms",
     "Masks",
     "Run",
+    "Stopped",
     "UnsupportedArchitecture",
     "WidthGroup",
     "Widths",

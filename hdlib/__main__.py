@@ -2,18 +2,22 @@
 
 The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and `load_corpus`
 (`teacher`, `corpus`, `length`, `text_column`, `subset`, `causal`) and the folder of the run, `run_dir`, which must
-be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint.
+be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint, or starts where there
+is none, so that a batch system can repeat one and the same line. SIGTERM ends the run after its step, with a
+checkpoint and the exit status 143.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from . import DistillConfig, distill, load_corpus, load_teacher
+from . import DistillConfig, Stopped, distill, load_corpus, load_teacher
 
 PLACES = {
     "teacher": "embedded",
@@ -37,7 +41,10 @@ def main() -> None:
         text = {name: places[name] for name in ("length", "text_column", "subset", "causal")}
         train, validation = load_corpus(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from error
     print(f"student: {run.student_folder}")
 

@@ -52,8 +52,10 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         _to_disk(folder.parent)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from error
+    except Exception as error:
+        if type(error) in (Exception, SafetensorError):  # what libraries written in Rust make of a full disk
+            raise OSError(str(error)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -211,6 +211,9 @@ def _from_files(paths: list[Path]) -> DatasetDict:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
     found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    for file in found:
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(f"{file} points to {file.readlink()}, which is not there")
     files = [file for file in found if file.is_file() and file.suffix.lower() in READERS]
     where = ", ".join(map(str, paths))
     if not files:
@@ -228,7 +231,9 @@ def _from_files(paths: list[Path]) -> DatasetDict:
     data_files = {split: [str(file) for file in part] for split, part in parts.items() if part}
     try:
         return load_dataset(kinds[0], data_files=data_files, **options)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, FileNotFoundError) as error:
+        if gone := [str(file) for file in files if not file.exists()]:
+            raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was being read") from error
         raise ValueError(f"{where} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
 
 

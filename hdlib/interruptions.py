@@ -57,8 +57,9 @@ def enough_memory(run: Run) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise MemoryError(
-            f"memory does not suffice ({str(error).splitlines()[0]}). Lower micro_batch_size (the blocks that go "
+            f"memory does not suffice ({said}). Lower micro_batch_size (the blocks that go "
             "through the models at once; the batch stays what it is), then the length of the blocks or eval_blocks. "
             f"{run.way_back}"
         ) from error
