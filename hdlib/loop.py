@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .card import card
 from .config import MAY_CHANGE, DistillConfig
 from .data import Masking, NextToken, TrainingBatches, micro_batches
 from .interruptions import Stopped, StopRequest, enough_memory
@@ -163,7 +164,7 @@ def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: P
         if training.kept:
             run.save_kept(training.kept)
         if exported:
-            run.save_student(training.student, tokenizer)
+            run.save_student(training.student, tokenizer, card(run, training.student, training.teacher))
         else:
             run.save_checkpoint(training.step, training.student, tokenizer, training.state(), training.config.keep_last)
     accelerator.wait_for_everyone()

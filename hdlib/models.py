@@ -35,6 +35,7 @@ from .widths import UnsupportedArchitecture, Widths, family, set_widths, unsuppo
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # the name our attention function is registered under
+NOBODYS_CODE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python out of a model's folder
 # Vocabularies are often padded to a round number of rows; this many unused rows are no mismatch.
 UNUSED_ROWS = 1024
 
@@ -58,10 +59,12 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
     _check_reachable(source)
     try:
-        auto_class = language_model_class(AutoConfig.from_pretrained(source))
+        auto_class = language_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
         with without_bars() if Path(source).exists() else nullcontext():  # a download is worth a bar
-            model, report = auto_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            model, report = auto_class.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **NOBODYS_CODE
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UnsupportedArchitecture:
         raise
     except (OSError, ValueError, KeyError) as error:

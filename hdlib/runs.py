@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import save_folder
-from .models import language_model_class, without_bars
+from .models import NOBODYS_CODE, language_model_class, without_bars
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -133,7 +133,7 @@ class Run:
         """The result and its tokenizer, through the stock classes."""
         auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder))
         with without_bars():
-            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32)
+            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32, **NOBODYS_CODE)
         return model, AutoTokenizer.from_pretrained(self.student_folder)
 
     @property
@@ -176,9 +176,9 @@ class Run:
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
-    def save_student(self, model, tokenizer) -> None:
+    def save_student(self, model, tokenizer, card: str) -> None:
         with self._written("the student"):
-            save_folder(self._file("student"), model, tokenizer)
+            save_folder(self._file("student"), model, tokenizer, card=card)
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from .discrepancy import discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss
 from .masking import Masks, applied
-from .models import random_student, student_of, without_bars
+from .models import NOBODYS_CODE, random_student, student_of, without_bars
 from .runs import Run
 from .scorers import scorer
 from .widths import Widths, all_neurons
@@ -46,7 +46,7 @@ class Training:
                 tqdm.write(f"{error}: going on from the checkpoint before")
                 continue
             with without_bars():
-                student = type(teacher).from_pretrained(folder, dtype=torch.float32).to(teacher.device)
+                student = type(teacher).from_pretrained(folder, dtype=torch.float32, **NOBODYS_CODE).to(teacher.device)
             training = cls(teacher, target, held_out, config, student.requires_grad_(True).eval())
             training._load(state)
             resumed.rewind(training.step)

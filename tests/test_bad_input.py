@@ -137,6 +137,27 @@ def test_a_teacher_without_its_head(tmp_path, tokenizer):
         hdlib.load_teacher(tmp_path)
 
 
+def test_a_teacher_that_is_pickled(teacher, tokenizer, tmp_path):
+    """Opening one would run whatever its maker put there."""
+    teacher.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(teacher.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        hdlib.load_teacher(tmp_path)
+
+
+def test_a_teacher_that_brings_code(teacher, tokenizer, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForMaskedLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
+    with pytest.raises(ValueError, match="no language model"):
+        hdlib.load_teacher(tmp_path)
+    assert not (tmp_path / "was run").exists()
+
+
 def test_a_tokenizer_of_another_vocabulary(tmp_path, tokenizer):
     for vocabulary in (len(tokenizer) - 1, len(tokenizer) + 2000):
         folder = tmp_path / str(vocabulary)

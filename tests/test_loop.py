@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import hdlib
@@ -112,6 +113,19 @@ def test_a_finished_run_is_not_run_again(teacher, tokenizer, blocks, config, tmp
     expected = weights(run)
     again = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True, on_step=pytest.fail)
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(again).items())
+
+
+def test_the_student_carries_a_card_of_what_it_is(teacher, tokenizer, blocks, config, tmp_path):
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    card = ModelCard.load(run.student_folder / "README.md")
+    assert card.data.pipeline_tag == "fill-mask" and card.data.library_name == "transformers"
+    last = run.metrics.iloc[-1]
+    student, _ = run.student()
+    parameters = f"| parameters | {student.num_parameters():,} | {teacher.num_parameters():,} |"
+    measured = (f"{last['held_out_kl']:.3f} nats", f"| accuracy | {last['held_out_accuracy']:.3f} |")
+    for fact in (parameters, "hidden 12, feed-forward 28", "24 steps of 8 blocks, 0.0 M tokens", *measured):
+        assert fact in card.text
+    assert "None" not in card.content and "nan" not in card.content
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 7, 10, 13, 23])

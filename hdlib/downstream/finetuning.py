@@ -154,14 +154,19 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
         ValueError: it cannot be opened, or lacks weights beside those of the head.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint, **changes)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **changes)
         if config.pad_token_id is None:  # causal models come without; the head looks for the last real token
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             config.pad_token_id = tokenizer.pad_token_id
         with _quiet():
             model, report = kind.from_pretrained(
-                checkpoint, config=config, dtype=torch.float32, output_loading_info=True
+                checkpoint,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {error}") from error
