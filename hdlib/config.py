@@ -105,8 +105,7 @@ class DistillConfig:
     ) -> Widths:
         """The shape that the student will have; ValueError if these arguments cannot make it."""
         width_groups(teacher)
-        target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
-        target = target.resolved(teacher)
+        target = self.shape(teacher)
         check_narrowable(teacher, target)
         check_vocabulary(tokenizer, teacher)
         broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
@@ -137,6 +136,11 @@ class DistillConfig:
             f"{'masked' if causal else 'next'} ones: make them with load_corpus(..., causal={causal})",
         )
         return target
+
+    def shape(self, teacher: PreTrainedModel) -> Widths:
+        """The target, whole: of a fraction the nearest shape that a stock model can have. ValueError if there is none."""
+        target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
+        return target.resolved(teacher)
 
     @property
     def under_masks(self) -> bool:

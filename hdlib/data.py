@@ -88,7 +88,8 @@ def load_corpus(
         if len(part) == 0:
             raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
     validation = blocks["validation"].select(range(min(validation_blocks, len(blocks["validation"]))))
-    return blocks["train"], _labelled_once(validation, NextToken() if causal else Masking.of(tokenizer), seed)
+    task = NextToken() if causal else Masking.of(tokenizer)
+    return blocks["train"], labelled_once(validation.with_format("torch")[:]["input_ids"], task, seed)
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def _hold_out(documents: Dataset, seed: int) -> DatasetDict:
     return DatasetDict(train=parts["train"], validation=parts["test"])
 
 
-def _labelled_once(blocks: Dataset, task: Masking | NextToken, seed: int) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    input_ids, labels = task(blocks.with_format("torch")[:]["input_ids"], generator)
+def labelled_once(input_ids: Tensor, task: Masking | NextToken, seed: int) -> Dataset:
+    """Held-out blocks (N, S) with the labels that they will always have."""
+    input_ids, labels = task(input_ids, torch.Generator().manual_seed(seed))
     return Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": labels.tolist()})
