@@ -138,7 +138,7 @@ class DistillConfig:
         return target
 
     def shape(self, teacher: PreTrainedModel) -> Widths:
-        """The target, whole: of a fraction the nearest shape that a stock model can have. ValueError if there is none."""
+        """The target; of a fraction the nearest shape that a stock model can have. ValueError if there is none."""
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
         return target.resolved(teacher)
 

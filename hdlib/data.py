@@ -1,38 +1,58 @@
 """Text to fixed-length token blocks, and blocks to batches with something to predict.
 
 Blocks are packed without padding, [CLS] ... [SEP] for masked models, the bare stream of text for causal
-ones, memory-mapped and cached by `datasets`. The batch of
-step t is a pure function of (seed, t): a resumed run sees what the undisturbed one saw, and N
-processes share out the batch that one process would have had.
+ones. They are made once, by all cores, and kept in the cache of `datasets` under a name that follows from what the
+files hold, so that a corpus may be moved or copied; they are read from there as they are needed, whatever their size.
+The batch of step t is a pure function of (seed, t): a resumed run sees what the undisturbed one saw, and N processes
+share out the batch that one process would have had.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import datasets
+import fsspec
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.config import HF_DATASETS_CACHE
+import zstandard
+from datasets import (
+    Dataset,
+    DatasetDict,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .documentation import gather
 from .losses import IGNORED
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after one of the above: corpus.txt.zst
 HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are not trained on
 HELD_OUT = 50  # without such a file, one document in so many is
-RECIPE = 1  # raise it when blocks are made in another way, so that no old cache is taken for the new
+RECIPE = 2  # raise it when blocks are made in another way, so that no old cache is taken for the new
+TOGETHER = 1000  # documents that are made into blocks together; what is left of them at the end is dropped
+PART = (
+    100 * TOGETHER
+)  # documents to a file of the cache; a run that is killed meanwhile goes on after the last whole one
 
 
 def load_corpus(
@@ -50,7 +70,8 @@ def load_corpus(
 
     Args:
         name_or_path: "embedded" for the English documentation on this installation's disk; a file or a
-            folder of txt, jsonl or parquet, or a list of them; or a data set's name on the hub.
+            folder of txt, jsonl (both perhaps gz, zst, bz2 or xz) or parquet, or a list of them; or a data set's name
+            on the hub.
         tokenizer: the teacher's.
         length: S, tokens a block, [CLS] and [SEP] included.
         text_column: where the text is in jsonl, parquet and hub data.
@@ -197,17 +218,24 @@ def load_documents(
         name_or_path = gather()
     paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
     local = len(paths) > 1 or paths[0].exists()
-    documents = _from_files(paths) if local else _from_hub(str(name_or_path), subset)
+    documents, contents = _from_files(paths) if local else (_from_hub(str(name_or_path), subset), {})
     for split, part in documents.items():
         if text_column not in part.column_names:
             raise ValueError(
                 f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}: "
                 "say which of them with text_column"
             )
-    return documents.select_columns([text_column])
+    contents = {split: part._fingerprint for split, part in documents.items()} | contents
+    return DatasetDict(
+        {
+            split: part.select_columns([text_column], new_fingerprint=_digest(contents[split], text_column))
+            for split, part in documents.items()
+        }
+    )
 
 
-def _from_files(paths: list[Path]) -> DatasetDict:
+def _from_files(paths: list[Path]) -> tuple[DatasetDict, dict[str, str]]:
+    """The documents of each part, and what tells its files' content from any other."""
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
@@ -215,15 +243,14 @@ def _from_files(paths: list[Path]) -> DatasetDict:
     for file in found:
         if file.is_symlink() and not file.exists():
             raise FileNotFoundError(f"{file} points to {file.readlink()}, which is not there")
-    files = [file for file in found if file.is_file() and file.suffix.lower() in READERS]
+    files = [file for file in found if file.is_file() and _kind(file) in READERS]
     where = ", ".join(map(str, paths))
     if not files:
         raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
-    kinds = sorted({READERS[file.suffix.lower()] for file in files})
+    kinds = sorted({READERS[_kind(file)] for file in files})
     if len(kinds) > 1:
         raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
-    for file in files:
-        _check_text(file)
+    digests = {file: _checked(file) for file in files}
     held_out = [file for file in files if HELD_OUT_NAMES.intersection(re.split(r"[^a-z]+", file.stem.lower()))]
     parts = {"train": [file for file in files if file not in held_out], "validation": held_out}
     if not parts["train"]:  # nothing but a test file is still a corpus
@@ -231,17 +258,18 @@ def _from_files(paths: list[Path]) -> DatasetDict:
     options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
     data_files = {split: [str(file) for file in part] for split, part in parts.items() if part}
     try:
-        return load_dataset(kinds[0], data_files=data_files, **options)
+        documents = load_dataset(kinds[0], data_files=data_files, **options)
     except (DatasetGenerationError, FileNotFoundError) as error:
         if gone := [str(file) for file in files if not file.exists()]:
             raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was being read") from error
         raise ValueError(f"{where} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
+    return documents, {split: _digest(kinds, [digests[file] for file in part]) for split, part in parts.items()}
 
 
 def _from_hub(name: str, subset: str | None) -> DatasetDict:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no file or folder {name}")
-    if not (Path(HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
         try:
             HfApi().dataset_info(name, timeout=5)
         except Exception as error:
@@ -253,22 +281,52 @@ def _from_hub(name: str, subset: str | None) -> DatasetDict:
     return DatasetDict({split: found[split] for split in ("train", "validation") if split in found})
 
 
-def _check_text(file: Path) -> None:
-    """Raise ValueError for a file that is empty, or text that is not UTF-8, naming the byte."""
+def _kind(file: Path) -> str:
+    """The ending that says how a file is read, in small letters; that of a compression comes after it."""
+    name = Path(file.stem) if file.suffix.lower() in COMPRESSED else file
+    return name.suffix.lower()
+
+
+def _checked(file: Path) -> str:
+    """What tells the file's content from any other. Raises ValueError for a file that is empty, broken or not UTF-8."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
-    if file.suffix.lower() == ".parquet":
-        return
+    digest, is_text = hashlib.sha256(), _kind(file) != ".parquet"
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    with file.open("rb") as stream:
-        for chunk in chain(iter(lambda: stream.read(1 << 22), b""), [b""]):
-            held_back = len(decoder.getstate()[0])
-            try:
+    try:
+        for chunk in chain(_decompressed(file), [b""]):
+            digest.update(chunk)
+            if is_text:
+                held_back = len(decoder.getstate()[0])
                 decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                byte = done - held_back + error.start
-                raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
-            done += len(chunk)
+                done += len(chunk)
+    except UnicodeDecodeError as error:
+        byte = done - held_back + error.start
+        raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{file} cannot be read to its end: {error}") from error
+    return digest.hexdigest()
+
+
+def _decompressed(file: Path) -> Iterator[bytes]:
+    """The file's content. Raises an error of its compression, or EOFError, where that does not come to its end."""
+    if file.suffix.lower() != ".zst":
+        with fsspec.open(str(file), "rb", compression="infer") as stream:
+            yield from iter(lambda: stream.read(1 << 22), b"")
+        return
+    frame = zstandard.ZstdDecompressor().decompressobj()  # its streams take any end for a good one
+    with file.open("rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            while chunk:
+                frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the last frame is cut off")
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _pack(
@@ -288,16 +346,7 @@ def _pack(
             + ("causal text needs eos_token or sep_token" if causal else "masked text needs cls_token and sep_token")
         )
     room = length - len(frame[0]) - len(frame[1])
-    identity = (
-        documents._fingerprint,
-        tokenizer.backend_tokenizer.to_str(),
-        length,
-        text_column,
-        frame,
-        between,
-        RECIPE,
-    )
-
+    recipe = (tokenizer.backend_tokenizer.to_str(), length, text_column, frame, between, TOGETHER, PART, RECIPE)
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, so that the tokenizer stays as it is
     encoder.no_truncation(), encoder.no_padding()
 
@@ -309,14 +358,40 @@ def _pack(
         start, end = ([np.full((len(pieces), 1), token, dtype=np.int32) for token in part] for part in frame)
         return {"input_ids": np.hstack([*start, pieces, *end])}
 
-    return documents.map(
-        pack,
-        batched=True,
-        input_columns=text_column,
-        remove_columns=documents.column_names,
-        new_fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest()[:32],
-        desc=f"blocks of {length} tokens",
-    )
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_blocks"
+    cache.mkdir(parents=True, exist_ok=True)
+    made = []
+    with (
+        tqdm(total=len(documents), unit="document", desc=f"blocks of {length} tokens", delay=2) as bar,
+        _without_bars(),
+    ):
+        for start in range(0, len(documents), PART):
+            part = documents.select(range(start, min(start + PART, len(documents))))
+            name = _digest(documents._fingerprint, recipe, start)
+            blocks = part.map(
+                pack,
+                batched=True,
+                batch_size=TOGETHER,
+                input_columns=text_column,
+                remove_columns=documents.column_names,
+                cache_file_name=str(cache / f"{name}.arrow"),
+                new_fingerprint=name,
+            )
+            made.append(blocks)
+            bar.update(len(part))
+    return concatenate_datasets(made)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """None of `datasets` for each part: one bar counts them all."""
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def _hold_out(documents: Dataset, seed: int) -> DatasetDict:

@@ -2,10 +2,12 @@
 
 import json
 
+import fsspec
 import pandas as pd
 import pytest
 import torch
 import transformers
+import zstandard
 from transformers import BertModel
 
 import hdlib
@@ -75,6 +77,25 @@ def test_a_character_across_two_reads_is_utf8(tmp_path, tokenizer):
     path = tmp_path / "whole.txt"
     path.write_bytes(b"the student learns. " * 209_715 + b"abc" + "é".encode() + b" the end")
     assert len(hdlib.load_corpus(path, tokenizer, 32)[0]) > 1000
+
+
+@pytest.mark.parametrize("end", [".gz", ".zst", ".xz", ".bz2"])
+def test_a_compressed_file_that_was_cut_off(tmp_path, tokenizer, end):
+    whole = tmp_path / f"a.txt{end}"
+    with fsspec.open(str(whole), "wt", compression="infer") as file:
+        file.write("\n\n".join(sentences(300)))
+    whole.write_bytes(whole.read_bytes()[:-40])
+    with refused(rf"a\.txt\{end} cannot be read to its end"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16)
+
+
+def test_a_compressed_file_of_several_frames_is_whole(tmp_path, tokenizer):
+    texts = ["\n\n".join(sentences(60, seed)) + "\n\n" for seed in range(3)]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(zstandard.compress(text.encode()) for text in texts))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.txt").write_text("".join(texts))
+    plain, _ = hdlib.load_corpus(tmp_path / "plain", tokenizer, 16)
+    assert hdlib.load_corpus(tmp_path / "a.txt.zst", tokenizer, 16)[0]["input_ids"] == plain["input_ids"]
 
 
 def test_a_column_that_is_not_there(tmp_path, tokenizer):

@@ -1,11 +1,16 @@
 """Text to blocks, blocks to masked batches: nothing lost, nothing leaked, the same for every process."""
 
+import bz2
+import gzip
 import json
+import lzma
 from itertools import chain
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+import zstandard
 
 import hdlib
 from hdlib.data import Masking, TrainingBatches
@@ -28,15 +33,18 @@ def test_blocks_hold_the_text_in_order(tmp_path, tokenizer):
     assert {len(block) for block in train["input_ids"]} == {16}
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+OPEN = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstandard.open}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", *(f"txt{end}" for end in OPEN if end), "jsonl.zst"])
 def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
     texts, path = sentences(80), tmp_path / f"corpus.{kind}"
-    if kind == "txt":
-        path.write_text("\n\n".join(texts))
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
-    else:
+    if kind == "parquet":
         pd.DataFrame({"text": texts}).to_parquet(path)
+    else:
+        lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+        with OPEN[path.suffix if path.suffix in OPEN else ""](path, "wt") as file:
+            file.write(lines if kind.startswith("jsonl") else "\n\n".join(texts))
     train, validation = hdlib.load_corpus(path, tokenizer, 16)
     again = hdlib.load_corpus(str(tmp_path), tokenizer, 16)
     assert train["input_ids"] == again[0]["input_ids"] and validation["labels"] == again[1]["labels"]
@@ -45,6 +53,68 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
     reference = tmp_path / "reference.jsonl"
     reference.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert hdlib.load_corpus(reference, tokenizer, 16)[0]["input_ids"] == train["input_ids"]
+
+
+class Counted:
+    """In place of Tokenizer: what is encoded, document by document."""
+
+    def __init__(self, monkeypatch, stop_after=None):
+        self.seen, self.stop_after = [], stop_after
+        original = hdlib.data.Tokenizer.from_str
+
+        def counting(definition):
+            encoder = original(definition)
+
+            class Counting:
+                no_truncation, no_padding = encoder.no_truncation, encoder.no_padding
+
+                def encode_batch_fast(this, texts, **options):
+                    self.seen += texts
+                    if self.stop_after and len(self.seen) > self.stop_after:
+                        raise KeyboardInterrupt
+                    return encoder.encode_batch_fast(texts, **options)
+
+            return Counting()
+
+        monkeypatch.setattr(hdlib.data, "Tokenizer", SimpleNamespace(from_str=counting))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """As with millions of documents: 10 are packed together, 20 make a file of the cache."""
+    monkeypatch.setattr(hdlib.data, "TOGETHER", 10)
+    monkeypatch.setattr(hdlib.data, "PART", 20)
+
+
+def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer, small_parts, monkeypatch):
+    """Wherever it lies now, and not by its name: other words in the same file are read."""
+    path, seed = tmp_path / "a.txt", str(tmp_path)  # words of its own, which no other run of this test has cached
+    path.write_text("\n\n".join(f"{seed} {text}" for text in sentences(70)))
+    first, _ = hdlib.load_corpus(path, tokenizer, 16)
+    seen = Counted(monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "b.txt")
+    again, _ = hdlib.load_corpus(moved, tokenizer, 16)
+    assert again["input_ids"] == first["input_ids"] and not seen.seen
+    path.write_text("\n\n".join(f"{seed} {text}" for text in sentences(70, seed=9)))
+    assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] != first["input_ids"] and seen.seen
+
+
+def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_parts, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
+    cut_off = Counted(monkeypatch, stop_after=55)
+    with pytest.raises(KeyboardInterrupt):
+        hdlib.load_corpus(path, tokenizer, 16)
+    monkeypatch.undo()
+    monkeypatch.setattr(hdlib.data, "TOGETHER", 10)
+    monkeypatch.setattr(hdlib.data, "PART", 20)
+    rest = Counted(monkeypatch)
+    train, _ = hdlib.load_corpus(path, tokenizer, 16)
+    assert set(cut_off.seen[:40]).isdisjoint(rest.seen), "two whole parts are not made again"
+    assert set(cut_off.seen) | set(rest.seen) == {f"{tmp_path} {text}" for text in sentences(120)}
+    monkeypatch.setattr(hdlib.data, "PART", 1000)
+    assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] == train["input_ids"], "parts change no block"
 
 
 def test_names_that_only_contain_such_a_word_are_trained_on(tmp_path, tokenizer):

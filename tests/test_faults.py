@@ -280,8 +280,15 @@ def test_a_shard_that_disappears(tokenizer, text_file, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"c\.txt.*gone\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
     (tmp_path / "c.txt").unlink()
-    checked = hdlib.data._check_text
-    monkeypatch.setattr(hdlib.data, "_check_text", lambda file: (checked(file), (tmp_path / "b.txt").unlink(True)))
+    checked = hdlib.data._checked
+
+    def check_and_lose(file):
+        digest = checked(file)
+        if file.name == "b.txt":
+            file.unlink()
+        return digest
+
+    monkeypatch.setattr(hdlib.data, "_checked", check_and_lose)
     with pytest.raises(FileNotFoundError, match=r"b\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
 

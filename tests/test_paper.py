@@ -1,6 +1,7 @@
 """The paper's configurations, and what a run would cost."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_line_is_fitted_to_the_steps_and_prunes_come_on_top():
     """Seconds made up as 1 + 2 x operations, and 5 more where a prune was."""
     sizes = [8, 8, 8, 8, 6, 6, 4, 4, 4]  # after steps 0 to 8
     steps = [{"hidden_size": n, "intermediate_size": n, "head_dim": n, "num_heads": 1, "seconds": 0.0} for n in sizes]
-    for step, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+    for step, (before, after) in enumerate(pairwise(sizes), 1):
         steps[step]["seconds"] = 1 + 2 * before + 5 * (before != after)
     line, prune = cost._fitted(cost.pd.DataFrame(steps), Widths(8, 8, 8, 1), lambda widths: widths.hidden)
     assert [line(n) for n in (8, 4, 1)] == pytest.approx([17, 9, 3]) and prune == pytest.approx(5)
@@ -85,7 +86,9 @@ def test_the_command_says_hours_and_money(tmp_path, monkeypatch, capsys):
     cost.main()
     said = capsys.readouterr().out
     assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in all, [\d,]+ tokens a second", said)
-    hours, money = re.search(r"  ([\d,.e+]+) hours on 2 x a device that sustains 1e-06 T .* ([\d,.]+) in all", said).groups()
+    hours, money = re.search(
+        r"  ([\d,.e+]+) hours on 2 x a device that sustains 1e-06 T .* ([\d,.]+) in all", said
+    ).groups()
     assert float(money.replace(",", "")) == pytest.approx(18 * float(hours.replace(",", "")), rel=0.01)
     (tmp_path / "config.yaml").write_text(text.replace("embedded", "no/where/at/all"))
     with pytest.raises(SystemExit, match="no/where"):
