@@ -28,6 +28,15 @@ PLACES = {
     "causal": None,
     "run_dir": None,
 }
+PLACE_TYPES = {
+    "teacher": (str,),
+    "corpus": (str, list),
+    "length": (int,),
+    "text_column": (str,),
+    "subset": (str, type(None)),
+    "causal": (bool, type(None)),
+    "run_dir": (str,),
+}
 
 
 def main() -> None:
@@ -46,19 +55,29 @@ def main() -> None:
         sys.exit(128 + signal.SIGTERM)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from error
-    print(f"student: {run.student_folder}")
+    print(f"student: {run.student_folder}" if run.has_student else f"masked model: {run.checkpoints()[-1]}")
 
 
 def read(path: Path) -> tuple[dict, DistillConfig]:
-    """A YAML file to (places, config). Raises ValueError for a name that is no argument."""
-    values = yaml.safe_load(path.read_text()) or {}
+    """A YAML file to (places, config). Raises ValueError for what is no YAML, and for a name or value that is none."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"no YAML can be read there: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError("there are no names with values there, as in `steps: 1000`")
     known = {field.name for field in fields(DistillConfig)}
-    unknown = sorted(values.keys() - known - PLACES.keys())
+    unknown = sorted(map(str, values.keys() - known - PLACES.keys()))
     if unknown:
         raise ValueError(f"unknown arguments {', '.join(unknown)}; there are: {', '.join([*PLACES, *sorted(known)])}")
     if not values.get("run_dir"):
         raise ValueError("run_dir is missing: name the folder of this run")
     places = {name: values.pop(name, default) for name, default in PLACES.items()}
+    for name, value in places.items():
+        kinds = PLACE_TYPES[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            said = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} must be of type {said}; got {str(value)[:50]!r}")
     return places, DistillConfig(**values)
 
 

@@ -67,7 +67,6 @@ class DistillConfig:
             unknown = set(self.target) - {field.name for field in fields(Widths)}
             _require(not unknown, f"target: a shape has hidden, ffn, head_dim and heads; got {sorted(unknown)}")
             object.__setattr__(self, "target", Widths(**self.target))
-        object.__setattr__(self, "betas", tuple(self.betas))
         self._check_types()
         for name in _COUNTS:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
@@ -191,11 +190,22 @@ class DistillConfig:
                 continue
             kinds = (int, float) if isinstance(default, float) else type(default)
             if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
-                raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
+                raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {_short(value)}")
+            if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
+                raise ValueError(f"{field.name} must be a number below {LARGEST:.0e}; got {_short(value)}")
         if isinstance(self.target, bool) or not isinstance(self.target, (int, float, Widths)):
             raise ValueError(f"target is a fraction or Widths; got {self.target!r}")
         if isinstance(self.target, int):
             object.__setattr__(self, "target", float(self.target))
+        pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
+        if not pair or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are two numbers in [0, 1); got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]} ..."
 
 
 def _require(condition: bool, message: str) -> None:
@@ -203,6 +213,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+LARGEST = 10**12  # beyond any number that a run could have; more overflows somewhere below
 # What a run may go on with changed: it says how the same numbers are had, not which.
 MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")
 _COUNTS = (

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from os.path import exists
 from pathlib import Path
 
 import datasets
@@ -217,7 +218,7 @@ def load_documents(
     if name_or_path == "embedded":
         name_or_path = gather()
     paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
-    local = len(paths) > 1 or paths[0].exists()
+    local = len(paths) > 1 or exists(paths[0])
     documents, contents = _from_files(paths) if local else (_from_hub(str(name_or_path), subset), {})
     for split, part in documents.items():
         if text_column not in part.column_names:
@@ -237,7 +238,7 @@ def load_documents(
 def _from_files(paths: list[Path]) -> tuple[DatasetDict, dict[str, str]]:
     """The documents of each part, and what tells its files' content from any other."""
     for path in paths:
-        if not path.exists():
+        if not exists(path):
             raise FileNotFoundError(f"there is no file or folder {path}")
     found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     for file in found:

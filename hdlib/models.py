@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from os.path import exists
 from pathlib import Path
 from unittest.mock import patch
 
@@ -60,7 +61,7 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     _check_reachable(source)
     try:
         auto_class = language_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        with without_bars() if Path(source).exists() else nullcontext():  # a download is worth a bar
+        with without_bars() if exists(source) else nullcontext():  # a download is worth a bar
             model, report = auto_class.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, **NOBODYS_CODE
             )
@@ -278,7 +279,7 @@ AttentionMaskInterface.register(RECORDING, sdpa_mask)
 
 def _check_reachable(source: str) -> None:
     """Fail in words, and at once, for a path that is not there or a hub that cannot be reached."""
-    if Path(source).exists():
+    if exists(source):
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no folder {source}")

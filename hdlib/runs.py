@@ -115,14 +115,19 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.begun and (self._file("student").is_dir() or self._last_step().is_dir())
+        return self.begun and (self.has_student or self._last_step().is_dir())
+
+    @property
+    def has_student(self) -> bool:
+        """Whether there is a result that stock classes open; under a global quota there never is."""
+        return self._file("student").is_dir()
 
     @property
     def student_folder(self) -> Path:
         """Where the result lies: a folder that plain AutoModelForMaskedLM (or ForCausalLM) opens."""
         if not self.finished:
             raise FileNotFoundError(f"{self.folder} holds no student yet: the run has not finished")
-        if not self._file("student").is_dir():
+        if not self.has_student:
             raise FileNotFoundError(
                 f"{self.folder} has no student that could be saved: neurons were ranked over all layers "
                 f"(scope='global'), which no stock class can hold. Its wide model and masks are in {self._last_step()}"
