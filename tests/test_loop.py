@@ -205,28 +205,35 @@ def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, options", [("bert", {}), ("qwen3", {"causal": True}), ("gpt2", {"causal": True, "recover": True})]
+    "name, options, processes",
+    [
+        ("bert", {}, (1, 2, 4)),
+        ("qwen3", {"causal": True, "micro_batch_size": 3}, (1, 2)),
+        ("gpt2", {"causal": True, "recover": True}, (1, 2)),
+    ],
 )
-def test_the_command_in_one_process_and_in_two(tmp_path, tokenizer, text_file, name, options):
-    """Two processes keep the same neurons as one and end with the same weights."""
+def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_file, name, options, processes):
+    """Several processes keep the same neurons as one at every prune and end with the same weights."""
     random_model(name, vocabulary=len(tokenizer)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     results = []
-    for processes in (1, 2):
+    for count in processes:
         places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
-        places["run_dir"] = str(tmp_path / f"run_{processes}")
+        places["run_dir"] = str(tmp_path / f"run_{count}")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places | options))
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         command = [sys.executable, "-m", *launch, "-m", "hdlib", str(tmp_path / "config.yaml")]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(hdlib.Run.load(places["run_dir"]))
-    one, two = results
-    assert (one.description["processes"], two.description["processes"]) == (1, 2)
-    assert one.metrics["hidden_size"].equals(two.metrics["hidden_size"])
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-4)
+    assert [run.description["processes"] for run in results] == [*processes]
+    one, *others = results
+    for several in others:
+        assert one.metrics["intermediate_size"].equals(several.metrics["intermediate_size"])
+        assert one.kept == several.kept
+        for weight, tensor in weights(one).items():
+            torch.testing.assert_close(weights(several)[weight], tensor, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
