@@ -78,6 +78,8 @@ def read(path: Path) -> tuple[dict, DistillConfig]:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             said = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"{name} must be of type {said}; got {str(value)[:50]!r}")
+    if isinstance(places["corpus"], list) and not all(isinstance(path, str) for path in places["corpus"]):
+        raise ValueError(f"corpus must be a path or a list of paths; got {str(places['corpus'])[:50]}")
     return places, DistillConfig(**values)
 
 

@@ -25,7 +25,6 @@ import datasets
 import fsspec
 import numpy as np
 import torch
-import zstandard
 from datasets import (
     Dataset,
     DatasetDict,
@@ -218,6 +217,8 @@ def load_documents(
     if name_or_path == "embedded":
         name_or_path = gather()
     paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
+    if not paths:
+        raise ValueError("the corpus is an empty list: name a file, a folder, or a data set on the hub")
     local = len(paths) > 1 or exists(paths[0])
     documents, contents = _from_files(paths) if local else (_from_hub(str(name_or_path), subset), {})
     for split, part in documents.items():
@@ -304,7 +305,7 @@ def _checked(file: Path) -> str:
     except UnicodeDecodeError as error:
         byte = done - held_back + error.start
         raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
-    except (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read to its end: {error}") from error
     return digest.hexdigest()
 
@@ -315,12 +316,19 @@ def _decompressed(file: Path) -> Iterator[bytes]:
         with fsspec.open(str(file), "rb", compression="infer") as stream:
             yield from iter(lambda: stream.read(1 << 22), b"")
         return
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{file} needs a package to be read: pip install "hdlib[zst]"') from error
     frame = zstandard.ZstdDecompressor().decompressobj()  # its streams take any end for a good one
     with file.open("rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b""):
             while chunk:
                 frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
-                yield frame.decompress(chunk)
+                try:
+                    yield frame.decompress(chunk)
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from error
                 chunk = frame.unused_data
     if not frame.eof:
         raise EOFError("the last frame is cut off")
