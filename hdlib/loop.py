@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def distill(
         is no such thing, and the last checkpoint holds the wide model and its masks).
 
     Raises:
-        ValueError: anything that makes the run impossible, before the first step.
+        ValueError: anything that makes the run impossible, before the first step; training that is sharded, too.
         FileExistsError: `run_dir` holds another run, or another process is writing to it.
         Diverged: a loss or gradient that is not finite.
         Stopped: SIGTERM came; the step was finished and there is a checkpoint of it.
@@ -68,6 +69,11 @@ def distill(
         Checkpoints up to then stay, and `resume` goes on from the newest.
     """
     accelerator = Accelerator()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"a student cannot be narrowed while {accelerator.distributed_type.value} shards it over the devices: "
+            "launch without it (accelerate launch --multi_gpu), and lower micro_batch_size if memory does not suffice"
+        )
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
     arguments = _arguments(config, teacher, train, validation)
     arguments["precision"] = chosen(config.precision, accelerator.device)

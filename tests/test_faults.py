@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 import hdlib
 from hdlib import DistillConfig
@@ -320,6 +322,14 @@ def test_a_run_that_met_too_little_memory_goes_on_in_smaller_parts(run_in, whole
     assert resumed.metrics["hidden_size"].equals(whole[0].metrics["hidden_size"])
     for name, tensor in weights(whole[0]).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused(kind, run_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    with pytest.raises(ValueError, match=f"{kind} shards it over the devices: launch without it"):
+        run_in(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(run_in, whole, tmp_path, monkeypatch):
