@@ -1,10 +1,10 @@
 """A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
 
 The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and `load_corpus`
-(`teacher`, `corpus`, `length`, `text_column`, `subset`, `causal`) and the folder of the run, `run_dir`, which must
-be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint, or starts where there
-is none, so that a batch system can repeat one and the same line. SIGTERM ends the run after its step, with a
-checkpoint and the exit status 143.
+(`teacher`, `corpus`, `length`, `text_column`, `subset`, `causal`, `streaming`) and the folder of the run, `run_dir`,
+which must be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint, or starts
+where there is none, so that a batch system can repeat one and the same line. SIGTERM ends the run after its step, with
+a checkpoint and the exit status 143.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PLACES = {
     "text_column": "text",
     "subset": None,
     "causal": None,
+    "streaming": False,
     "run_dir": None,
 }
 PLACE_TYPES = {
@@ -35,6 +36,7 @@ PLACE_TYPES = {
     "text_column": (str,),
     "subset": (str, type(None)),
     "causal": (bool, type(None)),
+    "streaming": (bool,),
     "run_dir": (str,),
 }
 
@@ -47,7 +49,7 @@ def main() -> None:
     try:
         places, config = read(arguments.config)
         teacher, tokenizer = load_teacher(places["teacher"])
-        text = {name: places[name] for name in ("length", "text_column", "subset", "causal")}
+        text = {name: places[name] for name in ("length", "text_column", "subset", "causal", "streaming")}
         train, validation = load_corpus(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
     except Stopped as error:

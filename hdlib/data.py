@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from datasets import (
     Dataset,
-    DatasetDict,
+    IterableDataset,
     are_progress_bars_disabled,
     concatenate_datasets,
     disable_progress_bars,
@@ -50,9 +50,9 @@ HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a wor
 HELD_OUT = 50  # without such a file, one document in so many is
 RECIPE = 2  # raise it when blocks are made in another way, so that no old cache is taken for the new
 TOGETHER = 1000  # documents that are made into blocks together; what is left of them at the end is dropped
-PART = (
-    100 * TOGETHER
-)  # documents to a file of the cache; a run that is killed meanwhile goes on after the last whole one
+PART = 100_000  # documents to a file of the cache; what is killed meanwhile goes on after the last whole one
+PART_OF_STREAM = 10_000  # the same of a stream, of which so many are held in memory
+FIRST_OF_STREAM = 1000  # documents of a stream that are held out where it has no validation part
 
 
 def load_corpus(
@@ -63,6 +63,7 @@ def load_corpus(
     text_column: str = "text",
     subset: str | None = None,
     causal: bool | None = None,
+    streaming: bool = False,
     validation_blocks: int = 1024,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
@@ -77,6 +78,8 @@ def load_corpus(
         text_column: where the text is in jsonl, parquet and hub data.
         subset: the configuration of a hub data set that has several.
         causal: the next token is to be predicted instead of masked ones; None: if the tokenizer has no mask token.
+        streaming: make blocks of the text as it comes down, and keep nothing but them on disk: for hub data that
+            would not fit there. Without a validation part its first 1,000 documents are held out.
         validation_blocks: at most so many blocks are held out.
         seed: of the held-out masks (and of the hold-out, where the data has no validation part).
 
@@ -96,15 +99,13 @@ def load_corpus(
     if not 8 <= length <= tokenizer.model_max_length:
         raise ValueError(f"length is from 8 to the {tokenizer.model_max_length} positions of the teacher; got {length}")
     causal = tokenizer.mask_token_id is None if causal is None else causal
-    documents = load_documents(name_or_path, text_column, subset)
-    if "validation" not in documents and len(documents["train"]) >= HELD_OUT:
+    documents = load_documents(name_or_path, text_column, subset, streaming)
+    if "validation" not in documents:
         documents = _hold_out(documents["train"], seed)
-    blocks = DatasetDict(
-        {split: _pack(part, tokenizer, length, text_column, causal) for split, part in documents.items()}
-    )
+    blocks = {split: _pack(part, tokenizer, length, text_column, causal) for split, part in documents.items()}
     if "validation" not in blocks:  # a few long documents: the end of the last one
-        count = len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT)
-        blocks = DatasetDict(train=blocks["train"].take(max(count, 0)), validation=blocks["train"].skip(max(count, 0)))
+        count = max(0, len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT))
+        blocks = {"train": blocks["train"].take(count), "validation": blocks["train"].skip(count)}
     for split, part in blocks.items():
         if len(part) == 0:
             raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
@@ -211,8 +212,11 @@ def batches(blocks: Dataset, batch_size: int, device: torch.device | str = "cpu"
 
 
 def load_documents(
-    name_or_path: str | Path | list[str | Path], text_column: str = "text", subset: str | None = None
-) -> DatasetDict:
+    name_or_path: str | Path | list[str | Path],
+    text_column: str = "text",
+    subset: str | None = None,
+    streaming: bool = False,
+) -> dict[str, Dataset | IterableDataset]:
     """The texts, split into train and, where the source has one, validation. Arguments as for `load_corpus`."""
     if name_or_path == "embedded":
         name_or_path = gather()
@@ -220,23 +224,26 @@ def load_documents(
     if not paths:
         raise ValueError("the corpus is an empty list: name a file, a folder, or a data set on the hub")
     local = len(paths) > 1 or exists(paths[0])
-    documents, contents = _from_files(paths) if local else (_from_hub(str(name_or_path), subset), {})
+    documents, contents = (
+        _from_files(paths, streaming) if local else (_from_hub(str(name_or_path), subset, streaming), {})
+    )
     for split, part in documents.items():
-        if text_column not in part.column_names:
+        columns = part.column_names or list(next(iter(part), {}))  # a stream may not know before it is read
+        if text_column not in columns:
             raise ValueError(
-                f"{name_or_path} ({split}) has no column {text_column!r}; it has {part.column_names}: "
+                f"{name_or_path} ({split}) has no column {text_column!r}; it has {columns}: "
                 "say which of them with text_column"
             )
+    if streaming:
+        return {split: part.select_columns([text_column]) for split, part in documents.items()}
     contents = {split: part._fingerprint for split, part in documents.items()} | contents
-    return DatasetDict(
-        {
-            split: part.select_columns([text_column], new_fingerprint=_digest(contents[split], text_column))
-            for split, part in documents.items()
-        }
-    )
+    return {
+        split: part.select_columns([text_column], new_fingerprint=_digest(contents[split], text_column))
+        for split, part in documents.items()
+    }
 
 
-def _from_files(paths: list[Path]) -> tuple[DatasetDict, dict[str, str]]:
+def _from_files(paths: list[Path], streaming: bool) -> tuple[dict, dict[str, str]]:
     """The documents of each part, and what tells its files' content from any other."""
     for path in paths:
         if not exists(path):
@@ -260,7 +267,7 @@ def _from_files(paths: list[Path]) -> tuple[DatasetDict, dict[str, str]]:
     options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
     data_files = {split: [str(file) for file in part] for split, part in parts.items() if part}
     try:
-        documents = load_dataset(kinds[0], data_files=data_files, **options)
+        documents = load_dataset(kinds[0], data_files=data_files, streaming=streaming, **options)
     except (DatasetGenerationError, FileNotFoundError) as error:
         if gone := [str(file) for file in files if not file.exists()]:
             raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was being read") from error
@@ -268,7 +275,7 @@ def _from_files(paths: list[Path]) -> tuple[DatasetDict, dict[str, str]]:
     return documents, {split: _digest(kinds, [digests[file] for file in part]) for split, part in parts.items()}
 
 
-def _from_hub(name: str, subset: str | None) -> DatasetDict:
+def _from_hub(name: str, subset: str | None, streaming: bool) -> dict:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no file or folder {name}")
     if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
@@ -279,8 +286,8 @@ def _from_hub(name: str, subset: str | None) -> DatasetDict:
                 f"{name!r} is no local file or folder, and the hub could not be asked for a data set of that name "
                 f'({type(error).__name__}). Pass a folder of txt, jsonl or parquet files, or "embedded".'
             ) from error
-    found = load_dataset(name, subset)
-    return DatasetDict({split: found[split] for split in ("train", "validation") if split in found})
+    found = load_dataset(name, subset, streaming=streaming)
+    return {split: found[split] for split in ("train", "validation") if split in found}
 
 
 def _kind(file: Path) -> str:
@@ -339,7 +346,11 @@ def _digest(*parts) -> str:
 
 
 def _pack(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, text_column: str, causal: bool
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text_column: str,
+    causal: bool,
 ) -> Dataset:
     """Documents to blocks [CLS] tokens [SEP], the documents separated by [SEP] inside them.
 
@@ -369,26 +380,36 @@ def _pack(
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_blocks"
     cache.mkdir(parents=True, exist_ok=True)
-    made = []
-    with (
-        tqdm(total=len(documents), unit="document", desc=f"blocks of {length} tokens", delay=2) as bar,
-        _without_bars(),
-    ):
-        for start in range(0, len(documents), PART):
-            part = documents.select(range(start, min(start + PART, len(documents))))
-            name = _digest(documents._fingerprint, recipe, start)
+    made, count = [], None if isinstance(documents, IterableDataset) else len(documents)
+    bar = tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2)
+    with bar, _without_bars():
+        for identity, part in _parts(documents, text_column):
+            name = _digest(identity, recipe)
             blocks = part.map(
                 pack,
                 batched=True,
                 batch_size=TOGETHER,
                 input_columns=text_column,
-                remove_columns=documents.column_names,
+                remove_columns=[text_column],
                 cache_file_name=str(cache / f"{name}.arrow"),
                 new_fingerprint=name,
             )
             made.append(blocks)
             bar.update(len(part))
+    if not made:
+        raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
     return concatenate_datasets(made)
+
+
+def _parts(documents: Dataset | IterableDataset, text_column: str) -> Iterator[tuple[tuple, Dataset]]:
+    """Documents a part at a time, each with what tells it from any other."""
+    if isinstance(documents, IterableDataset):
+        for batch in documents.iter(PART_OF_STREAM):
+            yield ("stream", _digest(batch[text_column])), Dataset.from_dict({text_column: batch[text_column]})
+        return
+    for start in range(0, len(documents), PART):
+        part = documents.select(range(start, min(start + PART, len(documents))))
+        yield (documents._fingerprint, start), part
 
 
 @contextmanager
@@ -403,9 +424,14 @@ def _without_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _hold_out(documents: Dataset, seed: int) -> DatasetDict:
+def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, Dataset | IterableDataset]:
+    """One document in fifty; of a stream, which nobody can pick from, the first ones; of a few none."""
+    if isinstance(documents, IterableDataset):
+        return {"train": documents.skip(FIRST_OF_STREAM), "validation": documents.take(FIRST_OF_STREAM)}
+    if len(documents) < HELD_OUT:
+        return {"train": documents}
     parts = documents.train_test_split(1 / HELD_OUT, seed=seed)
-    return DatasetDict(train=parts["train"], validation=parts["test"])
+    return {"train": parts["train"], "validation": parts["test"]}
 
 
 def labelled_once(input_ids: Tensor, task: Masking | NextToken, seed: int) -> Dataset:

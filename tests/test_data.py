@@ -7,6 +7,7 @@ import lzma
 from itertools import chain
 from types import SimpleNamespace
 
+import datasets
 import pandas as pd
 import pytest
 import torch
@@ -115,6 +116,31 @@ def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_p
     assert set(cut_off.seen) | set(rest.seen) == {f"{tmp_path} {text}" for text in sentences(120)}
     monkeypatch.setattr(hdlib.data, "PART", 1000)
     assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] == train["input_ids"], "parts change no block"
+
+
+def test_a_stream_gives_the_same_blocks_and_is_not_kept(tmp_path, tokenizer, small_parts, monkeypatch):
+    monkeypatch.setattr(hdlib.data, "PART_OF_STREAM", 20)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "text").mkdir()
+    for name, texts in (("a", sentences(90)), ("validation", sentences(30, seed=1))):
+        pd.DataFrame({"text": texts, "id": range(len(texts))}).to_parquet(tmp_path / "text" / f"{name}.parquet")
+    streamed = hdlib.load_corpus(tmp_path / "text", tokenizer, 16, streaming=True)
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("*.arrow")} == {"hdlib_blocks"}
+    for ours, expected in zip(streamed, hdlib.load_corpus(tmp_path / "text", tokenizer, 16), strict=True):
+        assert ours["input_ids"] == expected["input_ids"]
+    with pytest.raises(ValueError, match="has no column 'story'"):
+        hdlib.load_corpus(tmp_path / "text", tokenizer, 16, streaming=True, text_column="story")
+
+
+def test_the_first_documents_of_a_stream_are_held_out(tmp_path, tokenizer, monkeypatch):
+    texts = ["the student learns. " * 20] * 40 + ["a quick teacher. " * 20] * 60
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="more documents than are held out"):
+        hdlib.load_corpus(tmp_path, tokenizer, 16, streaming=True)
+    monkeypatch.setattr(hdlib.data, "FIRST_OF_STREAM", 40)
+    train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16, streaming=True)
+    assert "student" not in tokenizer.decode([*chain(*train["input_ids"])])
+    assert "teacher" not in tokenizer.decode([*chain(*validation["input_ids"])])
 
 
 def test_names_that_only_contain_such_a_word_are_trained_on(tmp_path, tokenizer):
