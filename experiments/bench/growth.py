@@ -83,7 +83,7 @@ def _corpora(setting: Setting) -> pd.DataFrame:
 
 def _written(path: Path, megabytes: int) -> Path:
     """The embedded documentation over and over, every paragraph with a number of its own."""
-    paragraphs = load_dataset("parquet", data_files=f"{gather()}/train.parquet", split="train")["text"]
+    paragraphs = list(load_dataset("parquet", data_files=f"{gather()}/train.parquet", split="train")["text"])
     size = number = 0
     with path.open("w") as file:
         while size < megabytes * 1e6:
