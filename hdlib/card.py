@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from .models import EMBEDDED_TEACHER
 from .runs import Run
 from .widths import Widths, family
 
@@ -15,7 +16,7 @@ def card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
     config, blocks = run.arguments["config"], run.arguments["blocks"]
     last = run.metrics.iloc[-1]
     origin, task = run.arguments["teacher"], "text-generation" if family(teacher).causal else "fill-mask"
-    name = Path(origin).name
+    name = "hdlib's embedded teacher" if Path(origin) == EMBEDDED_TEACHER else Path(origin).name
     from_hub = f"base_model: {origin}\n" if origin.count("/") == 1 and not Path(origin).exists() else ""
     tokens = config["steps"] * config["batch_size"] * blocks["length"]
     rows = {
@@ -38,24 +39,25 @@ pipeline_tag: {task}
 
 # A narrower {name}
 
-A pre-trained language model, to be fine-tuned. {beginning}
+A pre-trained language model, to be fine-tuned.
+{beginning}
 (HomoDistil, Liang et al., ICLR 2023, [arXiv 2302.09632](https://arxiv.org/abs/2302.09632)).
 
 | | this model | {name} |
 |---|---|---|
 {table}
 
-On {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens: its predictions
-are {last["held_out_kl"]:.3f} nats from those of {name} (KL divergence, mean over the tokens to predict), and the first
-guesses agree at {last["held_out_agreement"]:.3f} of these tokens.
+Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens. Its predictions are
+{last["held_out_kl"]:.3f} nats from the teacher's (KL divergence, mean over the tokens to predict), and the first guesses
+agree on {last["held_out_agreement"]:.3f} of these tokens.
 
-**Training.** {config["steps"]:,} steps of {config["batch_size"]} blocks, {tokens / 1e6:,.1f} M tokens; schedule
-{config["schedule"]}, scorer {config["scorer"]}, peak learning rate {config["learning_rate"]:g}, matrix products in
-{run.arguments["precision"]}, weights in float32; seed {config["seed"]}.
+**Training.** {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; schedule {config["schedule"]},
+scorer {config["scorer"]}, peak learning rate {config["learning_rate"]:g}, matrix products in {run.arguments["precision"]},
+weights in float32; seed {config["seed"]}.
 {", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
 
-**Limits.** What {name} must not be used for, this model must not be either; its licence is the one to keep to. Nothing
-was measured here but the two lines above.
+**Limits.** What the teacher must not be used for, this model must not be either, and the teacher's licence is the one to
+keep to. Nothing but the above was measured.
 """
 
 

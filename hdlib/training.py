@@ -43,7 +43,7 @@ class Training:
             try:
                 state = load_state(folder, teacher.device)
             except BrokenCheckpoint as error:
-                tqdm.write(f"{error}: going on from the checkpoint before")
+                tqdm.write(f"{error}: looking at the checkpoint before, or beginning again if there is none")
                 continue
             with without_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **NOBODYS_CODE).to(teacher.device)

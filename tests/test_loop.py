@@ -123,7 +123,7 @@ def test_the_student_carries_a_card_of_what_it_is(teacher, tokenizer, blocks, co
     student, _ = run.student()
     parameters = f"| parameters | {student.num_parameters():,} | {teacher.num_parameters():,} |"
     measured = (f"{last['held_out_kl']:.3f} nats", f"| accuracy | {last['held_out_accuracy']:.3f} |")
-    for fact in (parameters, "hidden 12, feed-forward 28", "24 steps of 8 blocks, 0.0 M tokens", *measured):
+    for fact in (parameters, "hidden 12, feed-forward 28", "24 steps of 8 blocks, 3,072 tokens", *measured):
         assert fact in card.text
     assert "None" not in card.content and "nan" not in card.content
 
