@@ -37,19 +37,19 @@ pipeline_tag: {task}
 {from_hub}tags: [homodistil, distillation, pruning]
 ---
 
-# A narrower {name}
+# A student of {name}
 
 A pre-trained language model, to be fine-tuned.
 {beginning}
 (HomoDistil, Liang et al., ICLR 2023, [arXiv 2302.09632](https://arxiv.org/abs/2302.09632)).
 
-| | this model | {name} |
+| | this model | teacher |
 |---|---|---|
 {table}
 
-Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens. Its predictions are
-{last["held_out_kl"]:.3f} nats from the teacher's (KL divergence, mean over the tokens to predict), and the first guesses
-agree on {last["held_out_agreement"]:.3f} of these tokens.
+Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens. Its
+predictions are {last["held_out_kl"]:.3f} nats from the teacher's (KL divergence, mean over the tokens to predict), and
+the first guesses agree on {last["held_out_agreement"]:.3f} of these tokens.
 
 **Training.** {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; schedule {config["schedule"]},
 scorer {config["scorer"]}, peak learning rate {config["learning_rate"]:g}, matrix products in {run.arguments["precision"]},
