@@ -51,9 +51,9 @@ Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks o
 predictions are {last["held_out_kl"]:.3f} nats from the teacher's (KL divergence, mean over the tokens to predict), and
 the first guesses agree on {last["held_out_agreement"]:.3f} of these tokens.
 
-**Training.** {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; schedule {config["schedule"]},
-scorer {config["scorer"]}, peak learning rate {config["learning_rate"]:g}, matrix products in {run.arguments["precision"]},
-weights in float32; seed {config["seed"]}.
+**Training.** {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; schedule
+{config["schedule"]}, scorer {config["scorer"]}, peak learning rate {config["learning_rate"]:g}, matrix products in
+{run.arguments["precision"]}, weights in float32; seed {config["seed"]}.
 {", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
 
 **Limits.** What the teacher must not be used for, this model must not be either, and the teacher's licence is the one to
