@@ -56,8 +56,8 @@ the first guesses agree on {last["held_out_agreement"]:.3f} of these tokens.
 {run.arguments["precision"]}, weights in float32; seed {config["seed"]}.
 {", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
 
-**Limits.** What the teacher must not be used for, this model must not be either, and the teacher's licence is the one to
-keep to. Nothing but the above was measured.
+**Limits.** What the teacher must not be used for, this model must not be either, and the teacher's licence is the one
+to keep to. Nothing but the above was measured.
 """
 
 
