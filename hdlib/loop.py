@@ -83,6 +83,8 @@ def distill(
         teacher = teacher.float().eval().to(accelerator.device)
         held_out = validation.take(min(config.eval_blocks, len(validation)))
         training = Training.begin(teacher, target, held_out, config, run if resume else None)
+        if resume and accelerator.is_main_process:
+            run.rewind(training.step or -1)  # before the first step even the record of step 0 is made again
         share = (accelerator.process_index, accelerator.num_processes)
         task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
         steps = TrainingBatches(train, task, config.batch_size, config.seed, share)

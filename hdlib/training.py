@@ -49,10 +49,7 @@ class Training:
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **NOBODYS_CODE).to(teacher.device)
             training = cls(teacher, target, held_out, config, student.requires_grad_(True).eval())
             training._load(state)
-            resumed.rewind(training.step)
             return training
-        if resumed:
-            resumed.rewind(-1)
         copied = config.initial == "teacher"
         student = student_of(teacher) if copied else random_student(teacher, target, config.seed)
         return cls(teacher, target, held_out, config, student)
