@@ -92,7 +92,7 @@ def _share_of_teacher(run: hdlib.Run) -> float:
 
 def _teacher_config(run: hdlib.Run):
     teacher = run.arguments["teacher"]
-    return AutoConfig.from_pretrained(teacher)
+    return AutoConfig.from_pretrained(teacher, trust_remote_code=False)
 
 
 def _size(run: hdlib.Run) -> dict:

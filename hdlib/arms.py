@@ -133,7 +133,7 @@ def _final(run: Run) -> dict:
     row |= {name: config[name] for name in ("steps", "learning_rate")}
     row |= {name: int(last[name]) for name in ("hidden_size", "intermediate_size")}
     if config["scope"] == "local":  # otherwise there is no student of one shape
-        shape = AutoConfig.from_pretrained(run.student_folder)
+        shape = AutoConfig.from_pretrained(run.student_folder, trust_remote_code=False)
         row |= {"encoder_parameters": cost.encoder_parameters(shape), "encoder_gflops": cost.flops(shape) / 1e9}
     return row
 

@@ -136,10 +136,10 @@ class Run:
 
     def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The result and its tokenizer, through the stock classes."""
-        auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder))
+        auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder, trust_remote_code=False))
         with without_bars():
             model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32, **NOBODYS_CODE)
-        return model, AutoTokenizer.from_pretrained(self.student_folder)
+        return model, AutoTokenizer.from_pretrained(self.student_folder, trust_remote_code=False)
 
     @property
     def kept(self) -> dict[str, list[int]]:
