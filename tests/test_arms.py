@@ -67,7 +67,7 @@ def test_random_weights_under_masks_are_refused():
 def test_without_distillation_nobody_looks_at_the_teacher(teacher, tokenizer, blocks, tmp_path, monkeypatch):
     seen = []
     forward = hdlib.loop.forward
-    monkeypatch.setattr(hdlib.loop, "forward", lambda model, *rest: seen.append(model) or forward(model, *rest))
+    monkeypatch.setattr(hdlib.loop, "forward", lambda model, **read: seen.append(model) or forward(model, **read))
     run = distilled(teacher, tokenizer, blocks, tmp_path / "mlm", steps=4, **MLM_ONLY)
     assert len(seen) == 4 and not any(model is teacher for model in seen)
     assert run.metrics["mlm"].iloc[1:].equals(run.metrics["total"].iloc[1:])
