@@ -215,7 +215,7 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
     with patch.object(base_model(model), "forward", lambda *arguments, **options: answer):
         logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long)).logits
-    return logits.view(*states.shape[:-1], -1)
+    return logits.view(*states.shape[:-1], logits.shape[-1])
 
 
 @contextmanager

@@ -31,6 +31,15 @@ KILLS = int(os.environ.get("HDLIB_KILLS", "6"))  # HDLIB_KILLS=100 takes a quart
 CLOCKS = ["seconds", "elapsed"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums come out differently with another number of threads, and a child by fork has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def teacher(tokenizer):
     return random_model("bert", vocabulary=len(tokenizer))
@@ -78,7 +87,6 @@ def child(work):
     if process == 0:
         status = 1
         try:
-            torch.set_num_threads(1)
             work()
             status = 0
         finally:
