@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -191,8 +192,10 @@ class DistillConfig:
             kinds = (int, float) if isinstance(default, float) else type(default)
             if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
                 raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {_short(value)}")
-            if isinstance(value, int | float) and not -LARGEST < value < LARGEST:
-                raise ValueError(f"{field.name} must be a number below {LARGEST:.0e}; got {_short(value)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite; got {value}")
+            if isinstance(value, int) and not -LARGEST < value < LARGEST:
+                raise ValueError(f"{field.name} must be below {LARGEST:.0e}; got {_short(value)}")
         if isinstance(self.target, bool) or not isinstance(self.target, (int, float, Widths)):
             raise ValueError(f"target is a fraction or Widths; got {self.target!r}")
         if isinstance(self.target, int):
@@ -213,7 +216,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-LARGEST = 10**12  # beyond any number that a run could have; more overflows somewhere below
+LARGEST = 10**12  # beyond any whole number that a run could have; more overflows somewhere below
 # What a run may go on with changed: it says how the same numbers are had, not which.
 MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")
 _COUNTS = (
