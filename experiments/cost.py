@@ -57,10 +57,9 @@ def project(teacher: PreTrainedModel, config: DistillConfig, length: int, proces
         length: S, tokens a block.
         processes: devices like this one that share out the batch.
     """
-    target = (
-        Widths.at(teacher, config.target, config.multiple_of) if isinstance(config.target, float) else config.target
-    )
-    target = target.resolved(teacher)
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared out evenly to {processes} processes")
+    target = config.shape(teacher)
     share = config.batch_size // processes  # blocks a step on one device
     blocks = min(config.micro_batch_size or share, share)
 
@@ -71,7 +70,7 @@ def project(teacher: PreTrainedModel, config: DistillConfig, length: int, proces
 
     wide = Widths.of(teacher)
     measured = _short_run(teacher, replace(config, target=target), blocks, length, STEPS)
-    seconds_of, prune_seconds = _fitted(measured, wide, operations)
+    seconds_of, prune_seconds = _fitted(measured, operations)
     widths = [wide, *(config.widths_at(step, teacher, target) for step in range(1, config.steps + 1))]
     total = sum(operations(each) for each in widths[:-1]) * share / blocks
     seconds = sum(seconds_of(operations(each)) for each in widths[:-1]) * share / blocks
@@ -101,7 +100,7 @@ def _random_text(teacher: PreTrainedModel, length: int, count: int) -> tuple[Ber
     return tokenizer, Dataset.from_dict({"input_ids": tokens.tolist()}), labelled_once(tokens, task, seed=0)
 
 
-def _fitted(metrics: pd.DataFrame, wide: Widths, operations) -> tuple[Callable[[float], float], float]:
+def _fitted(metrics: pd.DataFrame, operations) -> tuple[Callable[[float], float], float]:
     """Seconds of a step as a straight line in its operations, and what a prune adds, from a run's record."""
     names = ["hidden_size", "intermediate_size", "head_dim", "num_heads"]
     after = [Widths(*map(int, row)) for row in metrics[names].itertuples(index=False)]  # step 0 first

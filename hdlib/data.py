@@ -35,6 +35,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -385,15 +386,18 @@ def _pack(
     with bar, _without_bars():
         for identity, part in _parts(documents, text_column):
             name = _digest(identity, recipe)
-            blocks = part.map(
-                pack,
-                batched=True,
-                batch_size=TOGETHER,
-                input_columns=text_column,
-                remove_columns=[text_column],
-                cache_file_name=str(cache / f"{name}.arrow"),
-                new_fingerprint=name,
-            )
+            with FileLock(
+                cache / f"{name}.lock"
+            ):  # of several processes the first one makes them, the others open them
+                blocks = part.map(
+                    pack,
+                    batched=True,
+                    batch_size=TOGETHER,
+                    input_columns=text_column,
+                    remove_columns=[text_column],
+                    cache_file_name=str(cache / f"{name}.arrow"),
+                    new_fingerprint=name,
+                )
             made.append(blocks)
             bar.update(len(part))
     if not made:

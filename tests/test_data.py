@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from types import SimpleNamespace
 
@@ -99,6 +100,16 @@ def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer,
     assert again["input_ids"] == first["input_ids"] and not seen.seen
     path.write_text("\n\n".join(f"{seed} {text}" for text in sentences(70, seed=9)))
     assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] != first["input_ids"] and seen.seen
+
+
+def test_blocks_are_made_once_for_all_that_ask(tmp_path, tokenizer, small_parts, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
+    hdlib.data.load_documents(path)  # so that both are at the blocks at once
+    counted = Counted(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"], range(2))
+    assert list(one) == list(two) and len(counted.seen) == len(set(counted.seen)) == 120
 
 
 def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_parts, monkeypatch):

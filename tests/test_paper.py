@@ -74,7 +74,7 @@ def test_a_line_is_fitted_to_the_steps_and_prunes_come_on_top():
     steps = [{"hidden_size": n, "intermediate_size": n, "head_dim": n, "num_heads": 1, "seconds": 0.0} for n in sizes]
     for step, (before, after) in enumerate(pairwise(sizes), 1):
         steps[step]["seconds"] = 1 + 2 * before + 5 * (before != after)
-    line, prune = cost._fitted(cost.pd.DataFrame(steps), Widths(8, 8, 8, 1), lambda widths: widths.hidden)
+    line, prune = cost._fitted(cost.pd.DataFrame(steps), lambda widths: widths.hidden)
     assert [line(n) for n in (8, 4, 1)] == pytest.approx([17, 9, 3]) and prune == pytest.approx(5)
 
 
