@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
 class Counted:
     """In place of Tokenizer: what is encoded, document by document."""
 
-    def __init__(self, monkeypatch, stop_after=None):
+    def __init__(self, monkeypatch, stop_after=None, pause=0.0):
         self.seen, self.stop_after = [], stop_after
         original = hdlib.data.Tokenizer.from_str
 
@@ -72,6 +73,7 @@ class Counted:
 
                 def encode_batch_fast(this, texts, **options):
                     self.seen += texts
+                    time.sleep(pause)
                     if self.stop_after and len(self.seen) > self.stop_after:
                         raise KeyboardInterrupt
                     return encoder.encode_batch_fast(texts, **options)
@@ -106,7 +108,7 @@ def test_blocks_are_made_once_for_all_that_ask(tmp_path, tokenizer, small_parts,
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
     hdlib.data.load_documents(path)  # so that both are at the blocks at once
-    counted = Counted(monkeypatch)
+    counted = Counted(monkeypatch, pause=0.05)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda _: hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"], range(2))
     assert list(one) == list(two) and len(counted.seen) == len(set(counted.seen)) == 120
