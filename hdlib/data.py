@@ -386,9 +386,7 @@ def _pack(
     with bar, _without_bars():
         for identity, part in _parts(documents, text_column):
             name = _digest(identity, recipe)
-            with FileLock(
-                cache / f"{name}.lock"
-            ):  # of several processes the first one makes them, the others open them
+            with FileLock(cache / f"{name}.lock"):  # the first of several processes makes them
                 blocks = part.map(
                     pack,
                     batched=True,
