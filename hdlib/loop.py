@@ -22,6 +22,7 @@ from .interruptions import Stopped, StopRequest, enough_memory
 from .masking import applied
 from .models import forward, recording
 from .narrowing import narrow
+from .neurons import RECORDED, Prune
 from .precision import autocast, bfloat16_gain, cast_once, chosen
 from .runs import Run
 from .training import Training
@@ -141,15 +142,18 @@ def _homotopy(accelerator: Accelerator, training: Training, batches: DataLoader,
             widths = config.widths_at(step, teacher, training.target)
             prunes = training.prunes(step, widths)
             before = training.discrepancy() if prunes and config.eval_prunes else {}
+            scores, were = importance.scores() if prunes else {}, training.kept
             if prunes and masks is not None:
-                masks.choose(widths, importance.scores())
+                masks.choose(widths, scores)
             elif prunes:
-                kept = narrow(student, widths, importance.scores(), optimizer)
+                kept = narrow(student, widths, scores, optimizer)
                 importance.narrow(kept)
                 loss.narrow(kept, optimizer)
                 training.keep(kept)
 
             training.stop_clock(step)
+            if prunes:
+                report.prune(scores, were)
             due = before or step % config.eval_every == 0 or step == config.steps
             measured = _held_out(training.discrepancy()) if due else {}
             _check_finite(step, measured, report.run)
@@ -203,14 +207,23 @@ class _Reporter:
             )
 
     def baseline(self, widths: Widths, measured: dict) -> None:
-        self._tell({"step": 0, "seconds": 0.0, "elapsed": 0.0} | _widths_record(widths) | _held_out(measured))
+        record = {"step": 0, "seconds": 0.0, "elapsed": 0.0} | _widths_record(widths)
+        self._tell(record | {"parameters": self.training.num_parameters} | _held_out(measured))
 
     def step(self, computed: dict[str, float], widths: Widths, measured: dict) -> None:
         training = self.training
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds}
         record |= computed | {"learning_rate": training.learning_rate.get_last_lr()[0]}
-        self._tell(record | _widths_record(widths) | measured)
+        self._tell(record | _widths_record(widths) | {"parameters": training.num_parameters} | measured)
         self.bar.update()
+
+    def prune(self, scores: dict, were: dict) -> None:
+        """Record a prune, of many an even selection: enough for every picture, and no burden on the disk."""
+        training, config = self.training, self.training.config
+        last = max(self.run.pruned_at, default=-1)
+        every = -(-config.steps // RECORDED)
+        if self.main and (training.step // every > last // every or training.widths == training.target):
+            self.run.save_prune(Prune.of(training.step, training.sizes, scores, were, training.kept))
 
     def checkpoint(self) -> None:
         training = self.training

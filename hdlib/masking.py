@@ -9,6 +9,7 @@ with the others at the next ranking.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -111,6 +112,15 @@ class Masks:
             for name, group in self._groups.items()
         }
         narrow(self.model, self.widths, chosen)
+
+    def num_parameters(self) -> int:
+        """Of the model without what is masked."""
+
+        def length(size: int, blocks) -> int:
+            return size if blocks is None else sum(len(self.kept[block.group]) * block.unit for block in blocks)
+
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        return sum(math.prod(map(length, shape, self._axes[name])) for name, shape in shapes.items())
 
     def state_dict(self) -> dict:
         return {"kept": self.kept, "widths": vars(self.widths)}

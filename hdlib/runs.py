@@ -4,6 +4,7 @@ run.json                    arguments, versions, teacher, data; written before t
 metrics.jsonl               one line of JSON for each logged step
 checkpoints/step_00000400/  a stock model folder, the tokenizer, and the training state beside them
 kept.json                   which of the teacher's neurons the student still has, by group; written before it
+neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which stayed; about 100 of them
 student/                    the result, a stock model folder; missing where neurons were ranked over all layers
 .lock                       held by the process that writes here
 """
@@ -16,7 +17,9 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,12 +27,16 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+from pyarrow import ArrowInvalid
+from pyarrow.json import read_json
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import save_folder
+from .config import DistillConfig
 from .models import NOBODYS_CODE, language_model_class, without_bars
+from .neurons import Prune, step_of
 
-PARTS = ("run.json", "metrics.jsonl", "checkpoints", "kept.json", "student")
+PARTS = ("run.json", "metrics.jsonl", "checkpoints", "neurons", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -98,10 +105,21 @@ class Run:
         return self.description["arguments"]
 
     @property
+    def config(self) -> DistillConfig:
+        return DistillConfig(**self.arguments["config"])
+
+    @property
     def metrics(self) -> pd.DataFrame:
-        """Every logged step as a pandas DataFrame, indexed by step; empty before the first."""
-        records = self.records()
-        return pd.DataFrame(records).set_index("step") if records else pd.DataFrame()
+        """Every logged step as a pandas DataFrame, indexed by step; empty before the first.
+
+        Raises:
+            ValueError: a line that cannot be read.
+        """
+        path = self._file("metrics.jsonl")
+        if not path.exists():
+            return pd.DataFrame()
+        state = path.stat()
+        return _read_metrics(path, state.st_mtime_ns, state.st_size).copy()
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
@@ -181,6 +199,24 @@ class Run:
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
+    @property
+    def pruned_at(self) -> list[int]:
+        """The steps of the prunes that were recorded."""
+        return sorted(step_of(path) for path in self._file("neurons").glob("step_*.safetensors"))
+
+    def prune(self, step: int) -> Prune:
+        """What was recorded at a step out of `pruned_at`."""
+        return Prune.load(self._file("neurons") / f"step_{step:08d}.safetensors")
+
+    def save_prune(self, prune: Prune) -> None:
+        with self._written("what was pruned"):
+            prune.save(self._file("neurons"))
+
+    def students(self) -> dict[int, Path]:
+        """The saved models that are the student after a step; of a run under masks there is only the result."""
+        saved = {} if self.config.under_masks else {step_of(folder): folder for folder in self.checkpoints()}
+        return saved | ({self.config.steps: self.student_folder} if self.has_student else {})
+
     def save_student(self, model, tokenizer, card: str) -> None:
         with self._written("the student"):
             save_folder(self._file("student"), model, tokenizer, card=card)
@@ -201,9 +237,25 @@ class Run:
         """Drop what was logged after `step`: a resumed run logs it again."""
         lines = [json.dumps(record) for record in self.records() if record["step"] <= step]
         _write_whole(self._file("metrics.jsonl"), "".join(line + "\n" for line in lines))
+        for path in self._file("neurons").glob("step_*.safetensors"):
+            if step_of(path) > step:
+                path.unlink()
 
     def _file(self, name: str) -> Path:
         return self.folder / name
+
+
+@lru_cache(maxsize=16)
+def _read_metrics(path: Path, modified: int, size: int) -> pd.DataFrame:
+    """A record as a table, read once as long as the file stays the same; Arrow is quick with a long one."""
+    whole = path.read_bytes()
+    lines = whole[: whole.rfind(b"\n") + 1]  # the last one may be cut off by a kill, or still being written
+    if not lines:
+        return pd.DataFrame()
+    try:
+        return read_json(BytesIO(lines)).to_pandas().set_index("step")
+    except (ArrowInvalid, KeyError) as error:
+        raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from .masking import Masks, applied
 from .models import NOBODYS_CODE, random_student, student_of, without_bars
 from .runs import Run
 from .scorers import scorer
-from .widths import Widths, all_neurons
+from .widths import Widths, all_neurons, width_groups
 
 
 class Training:
@@ -34,6 +34,7 @@ class Training:
             self.optimizer, round(config.warmup * config.steps), config.steps
         )
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
+        self.sizes = {name: group.size for name, group in width_groups(teacher).items()}  # the teacher's neurons
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
 
     @classmethod
@@ -97,6 +98,11 @@ class Training:
     @property
     def widths(self) -> Widths:
         return Widths.of(self.student) if self.masks is None else self.masks.widths
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the student as it is; what is masked does not count."""
+        return sum(p.numel() for p in self.student.parameters()) if self.masks is None else self.masks.num_parameters()
 
     def discrepancy(self) -> dict[str, float]:
         """The held-out measures of the student as it is; the step's clock stands still meanwhile."""

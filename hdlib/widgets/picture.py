@@ -6,9 +6,11 @@ from collections.abc import Callable
 from io import BytesIO
 
 import anywidget
+import numpy as np
 import traitlets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 DOTS_PER_INCH = 100
 
@@ -48,19 +50,26 @@ class Picture(anywidget.AnyWidget):
     png = traitlets.Bytes().tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)
 
-    def show(self, figure: Figure, alt: str) -> None:
-        """Show a figure as it is now."""
+    def show(self, canvas: FigureCanvasAgg, alt: str) -> None:
+        """Show what has been drawn on a canvas."""
         with self.hold_sync():  # picture and words arrive together
-            self.png, self.alt = png_of(figure), alt
+            self.png, self.alt = png(canvas), alt
 
     def on_click(self, call: Callable[[float, float], None]) -> None:
         """Call with the place of every click, as fractions of the figure from its lower left corner."""
         self.on_msg(lambda _widget, place, _buffers: call(place["x"], 1 - place["y"]))
 
 
-def png_of(figure: Figure) -> bytes:
-    """The figure as a PNG; packed lightly, since it only goes to the browser."""
+def drawn(figure: Figure) -> FigureCanvasAgg:
+    """A figure on a canvas of its own, of which pyplot does not know."""
+    figure.set_dpi(DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
+def png(canvas: FigureCanvasAgg) -> bytes:
+    """What is on a canvas as a PNG, packed lightly: it has to be quick, and only goes to the browser."""
     file = BytesIO()
-    FigureCanvasAgg(figure)  # a figure of pyplot keeps another canvas
-    figure.savefig(file, dpi=DOTS_PER_INCH, pil_kwargs={"compress_level": 1})
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(file, "PNG", compress_level=1)
     return file.getvalue()
