@@ -1,7 +1,7 @@
 """HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled."""
 
 from . import cost, export
-from .arms import Bench, compare, final_table, overlap, pick
+from .arms import Bench, final_table, overlap, paired_differences, pick
 from .config import DistillConfig
 from .data import load_corpus
 from .discrepancy import discrepancy
@@ -25,10 +25,11 @@ from .plots import (
     plot_scores,
     plot_speed_up,
 )
+from .run_figure import plot_neurons, plot_run
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
 from .scorers import scorer
-from .widgets import LiveFigure
+from .widgets import LiveFigure, compare, explore, watch
 from .widths import UnsupportedArchitecture, WidthGroup, Widths, width_groups
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "cubic",
     "discrepancy",
     "distill",
+    "explore",
     "export",
     "final_table",
     "forward",
@@ -58,6 +60,7 @@ __all__ = [
     "narrow",
     "one_shot",
     "overlap",
+    "paired_differences",
     "pick",
     "plot_arms",
     "plot_coupling",
@@ -67,11 +70,14 @@ __all__ = [
     "plot_layers",
     "plot_losses",
     "plot_map",
+    "plot_neurons",
     "plot_overlap",
     "plot_prunes",
+    "plot_run",
     "plot_scores",
     "plot_speed_up",
     "save_result",
     "scorer",
+    "watch",
     "width_groups",
 ]

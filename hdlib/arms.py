@@ -138,7 +138,7 @@ def _final(run: Run) -> dict:
     return row
 
 
-def compare(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataFrame:
+def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataFrame:
     """Every arm beside one of them, over the seeds that both have.
 
     Args:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,11 +38,21 @@ MEASURES = {
     "held_out_accuracy": "words guessed right\nshare of predicted words, held out",
     "held_out_hidden": "hidden states, best linear map\nmean squared error, held out",
 }
+RECORDED_EACH_STEP = {
+    "total": "loss",
+    "hidden_size": "hidden width\nneurons",
+    "intermediate_size": "feed-forward width\nneurons a layer",
+    "parameters": "parameters",
+    "seconds": "seconds a step",
+}
+NOISY = ("total", "seconds")  # drawn through a running median
+PLACES = {"step": "step", "seconds of training": "seconds", "parameters": "parameters"}  # along which curves go
 COSTS = {
     "encoder_parameters": "parameters of the layers",
     "encoder_gflops": "GFLOP, one forward of the layers",
     "latency": "milliseconds, one forward",
 }
+POINTS = 2000  # of a long curve that are drawn: as many as a figure has dots
 LABELS = {
     "mlm": "words (language model)",
     "prediction": "prediction (KL)",
@@ -69,10 +79,20 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
         if metrics.empty:
             continue
         measured = metrics["held_out_kl"].dropna()
+        marker = "o" if len(measured) <= 60 else None
         upper.plot(
-            measured.index, measured, color=colour, linestyle=style, marker="o", markersize=3, clip_on=False, label=name
+            measured.index,
+            measured,
+            color=colour,
+            linestyle=style,
+            marker=marker,
+            markersize=3,
+            clip_on=False,
+            label=name,
         )
-        lower.step(metrics.index, metrics["hidden_size"], where="post", color=colour, linestyle=style)
+        width = metrics["hidden_size"]
+        width = width[width.diff().ne(0) | (width.index == width.index[-1])]  # where it changes is enough
+        lower.step(width.index, width, where="post", color=colour, linestyle=style)
     _finish(upper, MEASURES["held_out_kl"])
     _finish(lower, "hidden width\nneurons")
     lower.set_xlabel("step")
@@ -99,8 +119,10 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
         if term in metrics:
             values = metrics[term].dropna()
             values = values[values > 0]  # exactly 0 before the first step and the first prune: no logarithm
-            axes.plot(values.index, values, color=colour, alpha=0.2, linewidth=0.8)
             smooth = values.rolling(window, min_periods=1, center=True).median()
+            every = 1 + len(values) // POINTS
+            values, smooth = values.iloc[::every], smooth.iloc[::every]
+            axes.plot(values.index, values, color=colour, alpha=0.2, linewidth=0.8)
             axes.plot(smooth.index, smooth, color=colour, linestyle=style, label=LABELS[term])
     _finish(axes, "loss term, before weighting")
     axes.set_yscale("log")
@@ -113,21 +135,24 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
 def plot_arms(
     runs: Mapping[str, list[Run]], measure: str = "held_out_kl", x: str = "step", axes: Axes | None = None
 ) -> Figure:
-    """One held-out measure along the training of every arm: the mean over its seeds, and their range as a band.
+    """One measure along the training of every arm: the mean over its seeds, and their range as a band.
 
     Args:
         runs: as `hdlib.Bench.distill` returns them.
-        measure: a column of `Run.metrics`.
-        x: "step", or "seconds" of training so far (the mean over the seeds, at each step).
+        measure: a column of `Run.metrics`; loss and seconds of single steps through a running median.
+        x: "step"; or "seconds" (of training so far) or "parameters", the mean over the seeds at each step.
         axes: where to draw; a new figure if None.
     """
     axes = axes or plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    seeds = any(len(each) > 1 for each in runs.values())
     for (arm, each), colour, style, marker in zip(
         runs.items(), _cycle(COLOURS.values()), _cycle(STYLES), _cycle(MARKERS), strict=False
     ):
-        curves = pd.concat([run.metrics[measure].dropna() for run in each], axis=1).dropna()
-        elapsed = pd.concat([run.metrics["elapsed"] for run in each], axis=1).mean(axis=1)
-        places = curves.index if x == "step" else elapsed[curves.index]
+        curves = pd.concat([_curve(run, measure) for run in each], axis=1).dropna()
+        places = curves.index
+        if x != "step":
+            column = "elapsed" if x == "seconds" else x
+            places = pd.concat([run.metrics[column] for run in each], axis=1).mean(axis=1)[curves.index]
         axes.plot(
             places,
             curves.mean(axis=1),
@@ -137,17 +162,31 @@ def plot_arms(
             markersize=4,
             markevery=max(1, len(curves) // 8),
             clip_on=False,
-            label=f"{words(arm)} ({len(each)})",
+            label=f"{words(arm)} ({len(each)})" if seeds else words(arm),
         )
-        axes.fill_between(places, curves.min(axis=1), curves.max(axis=1), color=colour, alpha=0.15, linewidth=0)
-    _finish(axes, MEASURES.get(measure, measure))
-    axes.set_xlabel("step" if x == "step" else "seconds of training")
+        if len(each) > 1:
+            axes.fill_between(places, curves.min(axis=1), curves.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    _finish(axes, MEASURES.get(measure) or RECORDED_EACH_STEP.get(measure, measure))
+    axes.set_xlabel(next(words for words, place in PLACES.items() if place == x))
     axes.xaxis.set_major_locator(MaxNLocator(integer=x == "step"))
-    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    if x == "parameters":
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.invert_xaxis()  # a run goes to the right here too
+    else:
+        axes.set_xlim(left=0)
     if axes.lines:
-        axes.legend(frameon=False, fontsize="small", title="arm (seeds)", title_fontsize="small")
+        title = "arm (seeds)" if seeds else None
+        axes.legend(frameon=False, fontsize="small", title=title, title_fontsize="small")
     return axes.figure
+
+
+def _curve(run: Run, measure: str) -> pd.Series:
+    values = run.metrics[measure].dropna()
+    if measure == "seconds":
+        values = values.loc[1:]  # before the first step nothing took any
+    window = 1 + len(values) // 50
+    return values.rolling(window, min_periods=1, center=True).median() if measure in NOISY else values
 
 
 def plot_ends(
@@ -280,7 +319,7 @@ def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Fig
     columns = run.metrics.filter(regex=rf"^held_out_{what}_\d+$").dropna()
     layers = np.arange(1, columns.shape[1] + 1)
     shades = axes.pcolormesh(columns.index, layers, columns.to_numpy().T, cmap="cividis", shading="nearest")
-    axes.set_yticks(layers)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("layer")

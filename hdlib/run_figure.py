@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
@@ -108,7 +108,8 @@ class RunFigure:
         upper.set_ylabel("KL to the teacher\nnats, held out")
         lower.set_ylabel("hidden\nwidth")
         panels[-1].set_xlabel("step")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         self.cursors = [panel.axvline(0, color=COLOURS["orange"], linewidth=1.5, zorder=5) for panel in panels]
         return list(self.cursors)
 

@@ -255,13 +255,13 @@ def test_the_table_says_how_runs_ended(bench):
 def test_comparison_by_hand():
     rows = [("a", 1, 2.0), ("a", 2, 3.0), ("b", 1, 2.5), ("b", 2, 2.9), ("b", 3, 9.0)]
     table = pd.DataFrame(rows, columns=["arm", "seed", "kl"])
-    compared = hdlib.compare(table, "a")
+    compared = hdlib.paired_differences(table, "a")
     b = compared.loc["b"]
     assert b["seeds"] == 3 and b["mean"] == pytest.approx(4.8) and (b["lowest"], b["highest"]) == (2.5, 9.0)
     assert b["difference"] == pytest.approx(0.2), "over the seeds that both have"
     assert (b["lowest difference"], b["highest difference"]) == (pytest.approx(-0.1), pytest.approx(0.5))
     assert b["worse"] == 0.5 and np.isnan(compared.loc["a", "difference"])
-    assert hdlib.compare(table[table["arm"] == "b"], "a")["difference"].isna().all()
+    assert hdlib.paired_differences(table[table["arm"] == "b"], "a")["difference"].isna().all()
 
 
 def test_overlap_by_hand(tmp_path):

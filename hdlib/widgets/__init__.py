@@ -1,5 +1,8 @@
 """Looking at runs in JupyterLab: widgets read run folders, never live objects, and their pictures have words."""
 
+from .compare import compare
+from .explore import explore
 from .live import LiveFigure
+from .watch import watch
 
-__all__ = ["LiveFigure"]
+__all__ = ["LiveFigure", "compare", "explore", "watch"]

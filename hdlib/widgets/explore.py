@@ -114,7 +114,7 @@ class Explorer(Shown):
             if name in metrics:
                 values = metrics[name].dropna()
                 until = values.loc[:step]
-                rows[words] = [f"{until.iloc[-1]:,.4g}" if len(until) else "", f"{values.iloc[-1]:,.4g}"]
+                rows[words] = [_number(until.iloc[-1]) if len(until) else "", _number(values.iloc[-1])]
         there = pd.DataFrame.from_dict(rows, orient="index", columns=[f"step {step:,}", "last"])
         return table(there.T)
 
@@ -152,7 +152,9 @@ class _Guesser(widgets.VBox):
                 self.guess()
 
     def guess(self) -> None:
-        """Fill the gaps of the sentence."""
+        """Fill the gaps of the sentence; without a saved student there is nobody to ask."""
+        if not self.students:
+            return
         self._asked = True
         try:
             teacher, tokenizer = self._teacher
@@ -173,6 +175,10 @@ class _Guesser(widgets.VBox):
             with without_bars():
                 self._loaded[folder] = auto_class.from_pretrained(folder, **NOBODYS_CODE)
         return self._loaded[folder]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def missing(run: Run) -> list[str]:
