@@ -45,6 +45,7 @@ __all__ = [
     "UnsupportedArchitecture",
     "WidthGroup",
     "Widths",
+    "chooser",
     "compare",
     "cost",
     "cubic",

@@ -110,7 +110,8 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
     Args:
         run: finished or not.
         axes: where to draw; a new figure if None.
-        window: steps of the running median through which each curve is drawn; the raw values stand behind it.
+        window: steps of the running median through which each curve is drawn; the raw values stand behind it. Of
+            runs of more than 2,000 steps, medians of equal stretches in place of steps.
     """
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -119,9 +120,9 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
         if term in metrics:
             values = metrics[term].dropna()
             values = values[values > 0]  # exactly 0 before the first step and the first prune: no logarithm
-            smooth = values.rolling(window, min_periods=1, center=True).median()
             every = 1 + len(values) // POINTS
-            values, smooth = values.iloc[::every], smooth.iloc[::every]
+            medians = values.groupby(np.arange(len(values)) // every).median().set_axis(values.index[::every])
+            values, smooth = values.iloc[::every], medians.rolling(window, min_periods=1, center=True).median()
             axes.plot(values.index, values, color=colour, alpha=0.2, linewidth=0.8)
             axes.plot(smooth.index, smooth, color=colour, linestyle=style, label=LABELS[term])
     _finish(axes, "loss term, before weighting")
@@ -307,13 +308,14 @@ def plot_speed_up(table: pd.DataFrame, baseline: str = "teacher") -> Figure:
     return figure
 
 
-def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Figure:
+def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None, scale: Axes | None = None) -> Figure:
     """The discrepancy of every layer along one run, as shades: steps to the right, layers upwards.
 
     Args:
         run: finished or not.
         what: "hidden" (what the best linear map leaves of the states) or "attention" (KL of what is attended to).
         axes: where to draw; a new figure if None.
+        scale: where the scale of the shades goes; beside the others if None.
     """
     axes = axes or plt.subplots(figsize=(7, 2.6), layout="constrained")[1]
     columns = run.metrics.filter(regex=rf"^held_out_{what}_\d+$").dropna()
@@ -324,7 +326,7 @@ def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Fig
     axes.set_xlabel("step")
     axes.set_ylabel("layer")
     unit = {"hidden": "share of the mean square", "attention": "nats per token"}[what]
-    axes.figure.colorbar(shades, ax=axes, label=unit)
+    axes.figure.colorbar(shades, ax=axes, cax=scale, label=unit)
     return axes.figure
 
 

@@ -52,7 +52,7 @@ class RunFigure:
         self.run, self.metrics, self.pruned_at = run, run.metrics, run.pruned_at
         self.steps = (0, 0) if self.metrics.empty else (int(self.metrics.index[0]), int(self.metrics.index[-1]))
         self.measured = self.metrics.dropna(subset=["held_out_kl"]) if not self.metrics.empty else self.metrics
-        self.figure = plt.figure(figsize=(12.4, 6.8), layout="constrained")
+        self.figure = plt.figure(figsize=(12.4, 6.8))  # margins by hand: a layout engine takes half of the time
         plt.close(self.figure)  # it is shown by whoever asked for it, not by pyplot at the end of a cell
         curves, neurons = self.figure.subfigures(1, 2, width_ratios=[1, 1.25])
         self.moving = self._draw_curves(curves)
@@ -90,20 +90,26 @@ class RunFigure:
     def _draw_curves(self, place) -> list:
         layered = "held_out_hidden_1" in self.metrics
         upper, lower, losses, *layers = place.subplots(
-            3 + layered, 1, sharex=True, height_ratios=[3, 1.2, 3, 2][: 3 + layered]
+            3 + layered,
+            1,
+            sharex=True,
+            height_ratios=[3, 1.2, 3, 2][: 3 + layered],
+            gridspec_kw={"left": 0.15, "right": 0.85, "top": 0.96, "bottom": 0.08, "hspace": 0.15},
         )
         plot_discrepancy(self.run, (upper, lower))
         plot_losses(self.run, losses)
         panels = [upper, lower, losses, *layers]
         if layered:
-            plot_layers(self.run, "hidden", layers[0])
-            layers[0].collections[0].colorbar.set_label("share of\nmean square", fontsize="small")
+            scale = layers[0].inset_axes((1.03, 0, 0.03, 1))
+            plot_layers(self.run, "hidden", layers[0], scale)
+            scale.set_ylabel("share of\nmean square", fontsize="small", labelpad=1)
+            scale.tick_params(labelsize="small")
             layers[0].set_ylabel("hidden states\nof layer")
         for panel in panels:
             panel.set_xlabel("")
             panel.yaxis.label.set_size("small")
+            panel.yaxis.set_label_coords(-0.115, 0.5)
             panel.tick_params(labelsize="small")
-        place.align_ylabels(panels)
         losses.set_ylabel("loss term,\nbefore weighting")
         upper.set_ylabel("KL to the teacher\nnats, held out")
         lower.set_ylabel("hidden\nwidth")
@@ -120,7 +126,8 @@ class _Maps:
     def __init__(self, place, prune: Prune):
         self.rows = _rows(prune.stays)
         heights = [0.5 + 0.16 * len(names) for names in self.rows.values()]
-        panels = place.subplots(len(self.rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+        margins = {"left": 0.07, "right": 0.87, "top": 0.96, "bottom": 0.08, "hspace": 0.45}
+        panels = place.subplots(len(self.rows), 1, height_ratios=heights, squeeze=False, gridspec_kw=margins)[:, 0]
         self.images, self.counts, self.ink = {}, {}, ScalarMappable(LogNorm(LEAST, 1), INK)
         for panel, (kind, names) in zip(panels, self.rows.items(), strict=True):
             size = len(prune.stays[names[0]])
@@ -139,7 +146,7 @@ class _Maps:
                 panel.set_ylabel("layer", fontsize="small", labelpad=0)
             panel.set_xlim(0, size)
         panels[-1].set_xlabel("neuron of the teacher", fontsize="small")
-        bar = place.colorbar(self.ink, ax=panels, fraction=0.03, pad=0.01, aspect=40)
+        bar = place.colorbar(self.ink, cax=place.add_axes((0.89, 0.08, 0.02, 0.88)))
         bar.set_label("importance at the last prune, the largest of its kind is 1; white: gone", fontsize="small")
         bar.ax.tick_params(labelsize="small")
         self.moving = [*self.images.values(), *self.counts.values()]
@@ -198,7 +205,7 @@ def plot_neurons(run: Run, step: int | None = None) -> Figure:
     if not until:
         raise ValueError(f"{run.folder} has no prune recorded up to step {step}: it has those of {run.pruned_at}")
     prune = run.prune(until[-1])
-    figure = plt.figure(figsize=(7, 5.4), layout="constrained")
+    figure = plt.figure(figsize=(7, 5.4))
     _Maps(figure, prune).show(prune)
     return figure
 

@@ -98,7 +98,10 @@ class Run:
     @property
     def description(self) -> dict:
         """Arguments, versions and machine, as they were when the run started."""
-        return json.loads(self._file("run.json").read_text())
+        try:
+            return json.loads(self._file("run.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self._file('run.json')} is damaged and cannot be read: {error}") from error
 
     @property
     def arguments(self) -> dict:
@@ -119,7 +122,7 @@ class Run:
         if not path.exists():
             return pd.DataFrame()
         state = path.stat()
-        return _read_metrics(path, state.st_mtime_ns, state.st_size).copy()
+        return _read_metrics(path, state.st_mtime_ns, state.st_size).copy(deep=False)  # written to, it is copied
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
@@ -205,7 +208,7 @@ class Run:
         return sorted(step_of(path) for path in self._file("neurons").glob("step_*.safetensors"))
 
     def prune(self, step: int) -> Prune:
-        """What was recorded at a step out of `pruned_at`."""
+        """What was recorded at a step out of `pruned_at`. Raises ValueError for a file that is damaged."""
         return Prune.load(self._file("neurons") / f"step_{step:08d}.safetensors")
 
     def save_prune(self, prune: Prune) -> None:

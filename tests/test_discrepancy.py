@@ -1,6 +1,7 @@
 """Held-out measures against plain NumPy; figures from recorded runs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import concatenate_datasets
@@ -85,7 +86,8 @@ def test_figures_show_what_was_recorded(recorded):
     measured = metrics["held_out_kl"].dropna()
     assert upper.lines[0].get_xdata().tolist() == [0, 3, 6, 9, 12]
     np.testing.assert_array_equal(upper.lines[0].get_ydata(), measured)
-    np.testing.assert_array_equal(lower.lines[0].get_ydata(), metrics["hidden_size"])
+    steps, widths = lower.lines[0].get_data()  # where the width changes, and the end
+    np.testing.assert_array_equal(pd.Series(widths, steps).reindex(metrics.index).ffill(), metrics["hidden_size"])
     assert lower.get_xlim() == (0, 12)
     (axes,) = hdlib.plot_losses(recorded).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -111,7 +113,7 @@ def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
         drawn.append(figure)
         return Handle()
 
-    monkeypatch.setattr(hdlib.widgets, "display", display)
+    monkeypatch.setattr("hdlib.widgets.live.display", display)
     live = hdlib.LiveFigure(recorded.folder, every=0.0)
     for record in recorded.records():
         live(record)

@@ -45,9 +45,11 @@ def compare(*runs: Run | str | Path) -> widgets.Widget:
     opened, problems = [], []
     for run in runs:
         try:
-            opened.append(Run.load(run.folder if isinstance(run, Run) else run))
-            if opened[-1].metrics.empty:
-                problems.append(f"{opened.pop().folder}: nothing has been recorded yet")
+            run = Run.load(run.folder if isinstance(run, Run) else run)
+            run.config  # noqa: B018  what is damaged is to be found now
+            if run.metrics.empty:
+                raise ValueError(f"{run.folder}: nothing has been recorded yet")
+            opened.append(run)
         except (OSError, ValueError) as error:
             problems.append(str(error))
     if not opened:

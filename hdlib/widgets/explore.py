@@ -61,12 +61,10 @@ class Explorer(Shown):
     def __init__(self, run: Run, teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None):
         self.run, self._given = run, teacher
         self.drawn = RunFigure(run)
-        self.figure = self.drawn.figure
         for artist in self.drawn.moving:
             artist.set_animated(True)
-        self._canvas = drawn(self.figure)
-        self.figure.set_layout_engine("none")  # everything has its place now
-        self._still = self._canvas.copy_from_bbox(self.figure.bbox)
+        self._canvas = drawn(self.drawn.figure)
+        self._still = self._canvas.copy_from_bbox(self.drawn.figure.bbox)
         first, last = self.drawn.steps
         self.slider = widgets.IntSlider(
             last,

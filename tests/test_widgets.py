@@ -1,0 +1,368 @@
+"""Widgets over recorded runs: what they show, how quickly, and what they say where something is missing."""
+
+import asyncio
+import base64
+import json
+import shutil
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import pytest
+from recorded import recorded_run
+from transformers import pipeline
+
+import hdlib
+from hdlib import DistillConfig, Run
+from hdlib.guesses import guesses
+from hdlib.plots import COLOURS
+from hdlib.runs import _read_metrics
+
+from conftest import random_bert
+from test_loop import ARGUMENTS
+
+
+@pytest.fixture(scope="module")
+def teacher_of_runs(tokenizer):
+    return random_bert(vocabulary=len(tokenizer)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_of_runs, blocks, tmp_path_factory):
+    """Three finished runs: two seeds of one setting, and one of another."""
+    folder = tmp_path_factory.mktemp("widgets")
+    made = {}
+    for name, changes in {"slow-seed-1": {"seed": 1}, "slow-seed-2": {"seed": 2}, "fast": {"steps": 12}}.items():
+        config = DistillConfig(**ARGUMENTS | {"keep_last": 10} | changes)
+        made[name] = hdlib.distill(*teacher_of_runs, *blocks, config, folder / name)
+    return made
+
+
+@pytest.fixture
+def broken(runs, tmp_path):
+    """A copy of a run's folder, to break."""
+    return shutil.copytree(runs["fast"].folder, tmp_path / "broken")
+
+
+def png_size(png: bytes) -> tuple[int, int]:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+
+
+def html_of(widget) -> str:
+    """All the words in a widget and those inside it."""
+    return getattr(widget, "value", "") if not hasattr(widget, "children") else "".join(map(html_of, widget.children))
+
+
+def words_of(widget) -> str:
+    return "".join(
+        each.value if type(each).__name__ == "HTML" else words_of(each) for each in getattr(widget, "children", ())
+    )
+
+
+def test_a_move_of_the_slider_shows_that_step(runs):
+    run = runs["slow-seed-1"]
+    explorer = hdlib.explore(run)
+    assert explorer.slider.value == 24 and explorer.slider.min == 0
+    metrics, pictures = run.metrics, set()
+    for step in (0, 6, 12, 24):
+        explorer.slider.value = step
+        said = explorer.picture.alt
+        assert f"Step {step} of 24" in said and f"KL to the teacher {metrics.loc[step, 'held_out_kl']:.3f}" in said
+        assert f"hidden {metrics.loc[step, 'hidden_size']} of {metrics.loc[0, 'hidden_size']}" in said
+        assert f"{metrics.loc[step, 'held_out_kl']:.4g}" in explorer.parts.value
+        pictures.add(explorer.picture.png)
+    assert len(pictures) == 4 and all(png_size(each)[0] > 1000 for each in pictures)
+
+
+def test_the_maps_are_those_of_the_last_prune(runs):
+    run = runs["slow-seed-1"]
+    explorer = hdlib.explore(run)
+    for step in (run.pruned_at[1], run.pruned_at[1] + 1):
+        explorer.slider.value = step
+        stays = run.prune(run.pruned_at[1]).stays["hidden"].numpy()
+        drawn = explorer.drawn.maps.images["hidden"].get_array()[0]  # (N, 4), one dot a neuron
+        assert np.array_equal(np.all(drawn == 1, axis=1), ~stays), "white where a neuron has gone, and only there"
+    explorer.slider.value = 0
+    assert not np.all(explorer.drawn.maps.images["hidden"].get_array() == 1, axis=-1).any(), "all there at first"
+
+
+def test_darker_is_more_important(runs):
+    run = runs["slow-seed-1"]
+    explorer = hdlib.explore(run)
+    prune = run.prune(run.pruned_at[-1])
+    stays, importance = prune.stays["hidden"].numpy(), prune.importance["hidden"].numpy()
+    brightness = np.asarray(explorer.drawn.maps.images["hidden"].get_array())[0, stays, :3] @ [0.2126, 0.7152, 0.0722]
+    order = np.argsort(importance[stays], kind="stable")
+    assert (np.diff(brightness[order]) <= 1e-6).all()
+
+
+def test_guesses_are_those_of_the_stock_pipeline(runs, teacher_of_runs):
+    teacher, tokenizer = teacher_of_runs
+    explorer = hdlib.explore(runs["slow-seed-1"], teacher_of_runs)
+    explorer.guesser.sentence.value = "the student ___ a layer ."
+    student, _ = runs["slow-seed-1"].student()
+    for model in (teacher, student):
+        pipe = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=5)
+        expected = pipe("the student [MASK] a layer .")
+        (found,) = guesses(model, tokenizer, "the student ___ a layer .")
+        assert list(found["guess"]) == [each["token_str"] for each in expected]
+        assert list(found["probability"]) == pytest.approx([each["score"] for each in expected], rel=1e-4)
+        assert f"{found['guess'][0]} {found['probability'][0]:.0%}" in explorer.guesser.answer.value
+    assert "student of step 24" in explorer.guesser.answer.value
+    explorer.slider.value = 11
+    assert "student of step 10" in explorer.guesser.answer.value, "the saved student that is nearest"
+
+
+def test_a_causal_model_goes_on(tokenizer):
+    from models import random_model
+
+    model = random_model("gpt2", vocabulary=len(tokenizer))
+    (found,) = guesses(model, tokenizer, "the student", count=3)
+    ids = tokenizer("the student", return_tensors="pt").input_ids
+    best = model(ids).logits[0, -1].softmax(-1).topk(3)
+    assert list(found["probability"]) == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sentence, said", [("no gap", "write ___"), ("", "write a sentence"), ("___ " * 99, "positions")]
+)
+def test_a_sentence_that_cannot_be_filled_is_answered_in_words(sentence, said, runs, teacher_of_runs):
+    explorer = hdlib.explore(runs["fast"], teacher_of_runs)
+    explorer.guesser.sentence.value = sentence
+    explorer.guesser.button.click()
+    assert said in explorer.guesser.answer.value
+
+
+def test_without_its_teacher_a_run_can_still_be_looked_at(runs):
+    explorer = hdlib.explore(runs["fast"])  # its teacher was never saved: there is no name to load it by
+    explorer.guesser.button.click()
+    assert 'role="alert"' in explorer.guesser.answer.value
+
+
+def _no_metrics(folder):
+    (folder / "metrics.jsonl").unlink()
+
+
+def _damaged_metrics(folder):
+    (folder / "metrics.jsonl").write_text("{not json\n")
+
+
+def _damaged_description(folder):
+    (folder / "run.json").write_text("{not json")
+
+
+def _no_neurons(folder):
+    shutil.rmtree(folder / "neurons")
+
+
+def _damaged_neurons(folder):
+    for path in (folder / "neurons").iterdir():
+        path.write_bytes(b"x")
+
+
+def _unfinished(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:5]))
+    for part in ("student", "checkpoints"):
+        shutil.rmtree(folder / part)
+
+
+def _only_begun(folder):
+    _no_metrics(folder)
+    for part in ("student", "checkpoints", "neurons"):
+        shutil.rmtree(folder / part)
+
+
+def _nothing(folder):
+    shutil.rmtree(folder)
+
+
+BROKEN = {
+    _no_metrics: "Nothing has been recorded",
+    _damaged_metrics: "damaged",
+    _damaged_description: "run.json",
+    _no_neurons: "No prune was recorded",
+    _damaged_neurons: "neurons",
+    _unfinished: "has not finished: step 4 of 12",
+    _only_begun: "Nothing has been recorded",
+    _nothing: "holds no run.json",
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN, ids=lambda harm: harm.__name__)
+def test_what_is_missing_is_said_in_words(harm, broken, runs):
+    harm(broken)
+    explorer = hdlib.explore(broken)
+    assert BROKEN[harm] in words_of(explorer)
+    assert "text/plain" in explorer._repr_mimebundle_()
+    compared = hdlib.compare(runs["fast"], broken)
+    assert set(compared.runs) >= {"fast"}
+    watching = hdlib.watch(broken)
+    assert watching.alt
+
+
+def test_runs_are_compared_by_what_differs(runs):
+    compared = hdlib.compare(*runs.values())
+    settings = compared.children[0].value
+    assert "steps" in settings and "1, 2" in settings and "temperature" not in settings
+    assert {arm: list(each) for arm, each in compared.arms.items()} == {
+        "slow": ["slow-seed-1", "slow-seed-2"],
+        "fast": ["fast"],
+    }
+    ends = {name: run.metrics["held_out_kl"].iloc[-1] for name, run in runs.items()}
+    mean = (ends["slow-seed-1"] + ends["slow-seed-2"]) / 2
+    assert f"slow {mean:.4g}, fast {ends['fast']:.4g}" in compared.picture.alt
+    compared.seeds.value = False
+    assert list(compared.arms) == list(runs)
+
+
+@pytest.mark.parametrize("along", ["step", "seconds", "parameters"])
+@pytest.mark.parametrize("measure", ["held_out_kl", "total", "hidden_size", "seconds"])
+def test_any_measure_along_anything(measure, along, runs):
+    compared = hdlib.compare(*runs.values())
+    compared.measure.value, compared.along.value = measure, along
+    (axes,) = compared._canvas.figure.axes
+    column = "elapsed" if along == "seconds" else along
+    for arm, line in zip(compared.arms, axes.lines, strict=True):
+        metrics = [run.metrics for run in compared.arms[arm].values()]
+        last = np.mean([each[column].iloc[-1] if column != "step" else each.index[-1] for each in metrics])
+        assert line.get_xdata()[-1] == pytest.approx(last)
+        if measure in ("held_out_kl", "hidden_size"):
+            assert line.get_ydata()[-1] == pytest.approx(np.mean([each[measure].iloc[-1] for each in metrics]))
+
+
+def test_a_click_on_a_curve_opens_its_run(runs):
+    compared = hdlib.compare(*runs.values())
+    for arm, line in compared._lines.items():
+        x, y = line.axes.transData.transform(line.get_xydata()[-1])  # the curves end at different steps
+        width, height = png_size(compared.picture.png)
+        place = {"x": x / width, "y": 1 - y / height}
+        compared.picture._handle_custom_msg(place, [])  # what the browser sends
+        (opened,) = compared.explored.children
+        assert opened.run.folder.name == compared.chosen.value and compared.chosen.value.startswith(arm)
+    compared.chosen.value = None
+    assert compared.explored.children == ()
+    compared.picture._handle_custom_msg({"x": 0.999, "y": 0.001}, [])
+    assert compared.chosen.value is None, "a click beside the curves"
+
+
+def test_what_was_not_recorded_is_said(runs, broken):
+    """A run of before parameters were recorded, beside one that has them."""
+    records = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("parameters")
+    (broken / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    compared = hdlib.compare(runs["slow-seed-1"], broken)
+    compared.along.value = "parameters"
+    assert "broken" in compared.said.value and list(compared.arms) == ["slow"]
+    compared.along.value = "step"
+    assert compared.said.value == "" and len(compared.arms) == 2
+
+
+def test_nothing_to_compare():
+    assert "no runs to compare" in hdlib.compare().alt
+
+
+def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
+    """Its folder grows bit by bit, as another process would make it."""
+    source, folder = runs["fast"].folder, tmp_path / "growing"
+    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+    async def grow():
+        watching = hdlib.watch(folder, every=0.01)
+        said, pictures = [watching.alt], []
+        folder.mkdir()
+        shutil.copy(source / "run.json", folder)
+        for count in (0, 4, 10, 13):
+            (folder / "metrics.jsonl").write_text("".join(lines[:count]))
+            if count == 13:
+                shutil.copytree(source / "neurons", folder / "neurons")
+                shutil.copytree(source / "student", folder / "student")
+            for _ in range(200):
+                await asyncio.sleep(0.05)
+                if watching.alt != said[-1]:
+                    break
+            said.append(watching.alt)
+            pictures.append(watching.picture.png)
+        await asyncio.wait_for(watching._task, 20)
+        return watching, said, pictures
+
+    watching, said, pictures = asyncio.run(grow())
+    assert "No run has begun" in said[0] and "none of its 12 steps" in said[1]
+    assert "Step 3 of 12" in said[2] and "steps a second" in said[2] and "Step 9 of 12" in said[3]
+    assert "Finished: 12 steps" in said[4]
+    assert watching.progress.value == 12 and pictures[1] != pictures[2]
+    assert watching.explorer.slider.value == 12, "it can be explored in the same place"
+
+
+def test_a_cell_that_is_run_again_takes_over(runs, tmp_path):
+    first = hdlib.watch(tmp_path / "later")
+    second = hdlib.watch(tmp_path / "later")
+    assert first.pause.value and not second.pause.value
+
+
+def test_long_silence_is_told(broken):
+    import os
+
+    _unfinished(broken)
+    old = (broken / "metrics.jsonl").stat().st_mtime - 3600
+    os.utime(broken / "metrics.jsonl", (old, old))
+    assert "may have been stopped" in hdlib.watch(broken).alt and "1:00:0" in hdlib.watch(broken).alt
+
+
+def test_every_widget_is_a_picture_where_none_can_be_shown(runs):
+    for widget in (hdlib.explore(runs["fast"]), hdlib.compare(*runs.values()), hdlib.watch(runs["fast"].folder)):
+        bundle = widget._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in bundle
+        assert png_size(base64.b64decode(bundle["image/png"]))[0] > 500
+        assert bundle["text/plain"] == widget.alt and len(widget.alt) > 20
+
+
+def test_the_slider_is_quick_on_a_large_run(tmp_path):
+    """2,000 steps of a BERT-base: 12 layers of 3,072 neurons, a hundred prunes."""
+    explorer = hdlib.explore(recorded_run(tmp_path / "large", steps=2000))
+    seconds = []
+    for step in range(0, 2000, 130):
+        started = perf_counter()
+        explorer.slider.value = step
+        seconds.append(perf_counter() - started)
+    assert median(seconds) < 0.3
+
+
+def test_a_very_long_run_opens_quickly(tmp_path):
+    """100,000 logged steps; the best of three, since one moment in which the machine was busy must not decide."""
+    run, seconds = recorded_run(tmp_path / "long", steps=100_000), []
+    for _ in range(3):
+        _read_metrics.cache_clear()
+        started = perf_counter()
+        explorer = hdlib.explore(run)
+        seconds.append(perf_counter() - started)
+    assert explorer.slider.max == 100_000 and min(seconds) < 2.0
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1: linear RGB as seen without red, green or blue cones.
+COLOUR_BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", COLOUR_BLIND)
+def test_colours_of_curves_are_told_apart_by_colour_blind_readers(kind):
+    """Any two of the palette differ in what such a reader sees; and every arm has a line style of its own besides."""
+    hexes = list(COLOURS.values())
+    rgb = np.array([[int(each[i : i + 2], 16) / 255 for i in (1, 3, 5)] for each in hexes])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(COLOUR_BLIND[kind]).T, 0, 1)
+    distances = [np.linalg.norm(seen[i] - seen[j]) for i in range(len(seen)) for j in range(i)]
+    assert min(distances) > 0.08
+
+
+def test_a_run_that_is_not_there_for_a_figure(runs):
+    with pytest.raises(ValueError, match="no prune recorded up to step 0"):
+        hdlib.plot_neurons(runs["fast"], 0)
+    assert isinstance(Run.load(runs["fast"].folder).config, DistillConfig)
+    figure = hdlib.plot_run(runs["fast"], 6)
+    assert any("as of step" in axes.get_title("left") for axes in figure.axes)
