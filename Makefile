@@ -2,11 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lab lint clean
+.PHONY: help setup quickstart test browser lab lint clean
 
 help:
 	@echo "make quickstart   install, then distil the embedded teacher: the executed notebook is in runs/"
 	@echo "make test         install, then run the tests"
+	@echo "make browser      drive the notebooks in a real JupyterLab (needs a Chromium); screenshots in runs/browser"
 	@echo "make lab          install, then open JupyterLab on the notebooks"
 	@echo "make lint         check the code with ruff, and the notebooks for outputs"
 
@@ -25,6 +26,10 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+browser: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
+	$(BIN)/python -m pytest tests/test_browser.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -1,0 +1,248 @@
+"""The notebooks in a real JupyterLab, driven as a person would: `make browser`, where there is a Chromium.
+
+Screenshots are left in runs/browser.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from time import monotonic, sleep
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHOTS = ROOT / "runs" / "browser"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BLUE = (0x00, 0x72, 0xB2)  # of the first curve
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright, as make browser does")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on a copy of the notebooks; its address."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))  # all cells at once
+    apputils = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    apputils.mkdir()
+    (apputils / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
+    environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "PYTHONPATH": str(ROOT)}
+    environment |= {"JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    port = 18888 + os.getpid() % 1000
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--IdentityProvider.token="]
+    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'notebooks'}"]
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/api/status")
+            break
+        except OSError:
+            sleep(0.5)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    """A notebook that is open in JupyterLab."""
+
+    def __init__(self, browser, address: str, name: str):
+        self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
+        self.name, self.errors = name, []
+        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+        self.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')", timeout=90_000)
+
+    def run_all(self, timeout: float = 400) -> None:
+        """Run, Run All Cells, from the menu; until nothing runs."""
+        sleep(3)  # the kernel starts
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        until = monotonic() + timeout
+        sleep(2)
+        while self.prompts() and monotonic() < until:
+            sleep(0.5)
+        assert not self.prompts(), "all cells have run"
+
+    def prompts(self) -> list[str]:
+        """Code cells that have not run to their end."""
+        texts = self.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+        return [text for text in texts if not re.search(r"\d", text)]
+
+    def red(self) -> list[str]:
+        """Outputs that are errors, and what was written to stderr except progress."""
+        red = '[data-mime-type="application/vnd.jupyter.error"]'
+        return self.page.locator(f".jp-OutputArea-output{red}").all_inner_texts()
+
+    def shot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{self.name}-{name}.png")
+
+    def complaints(self) -> list[str]:
+        """What the console says that comes from widgets or from our pictures."""
+        return [error for error in self.errors if "favicon" not in error]
+
+
+def test_the_quickstart_runs_from_the_menu(lab, browser):
+    notebook = Page(browser, lab, "00_quickstart")
+    notebook.run_all()
+    images = notebook.page.locator(".jp-OutputArea-output img")
+    images.first.scroll_into_view_if_needed()
+    notebook.shot("curve")
+    assert notebook.red() == [] and notebook.complaints() == []
+    assert images.count() >= 2
+
+
+@pytest.fixture(scope="module")
+def gallery(lab, browser):
+    notebook = Page(browser, lab, "05_explore")
+    notebook.run_all()
+    return notebook
+
+
+def picture(gallery, words: str):
+    """The picture whose text alternative holds these words."""
+    return gallery.page.locator(f'img[alt*="{words}"]').first
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    until = monotonic() + seconds
+    while not condition():
+        assert monotonic() < until, "waited in vain"
+        sleep(0.02)
+
+
+def test_no_cell_is_red_and_every_picture_has_words(gallery):
+    assert gallery.red() == []
+    pictures = gallery.page.locator(".jp-OutputArea-output img")
+    assert pictures.count() >= 3
+    described = [
+        image.get_attribute("alt")
+        for image in pictures.all()
+        if image.evaluate("image => image.src.startsWith('blob')")
+    ]
+    assert len(described) >= 3 and all(len(words) > 20 for words in described)
+
+
+def test_the_slider_moves_the_picture_within_300_milliseconds(gallery):
+    shown = picture(gallery, "Step ")
+    shown.scroll_into_view_if_needed()
+    gallery.shot("explore")
+    handle = gallery.page.locator(".noUi-handle").first
+    handle.focus()
+    seconds = gallery.page.evaluate(MOVES)
+    gallery.shot("explore-moved")
+    assert len(seconds) == 12 and median(seconds) < 300, seconds
+    print("milliseconds of a move:", [round(each) for each in seconds])
+
+
+MOVES = """async () => {
+  // One arrow key after the other; the clock runs from the key to the picture that it brought, decoded.
+  const handle = document.querySelector(".noUi-handle");
+  const image = document.querySelector('img[alt^="Step "]');
+  const taken = [];
+  for (let turn = 0; turn < 12; turn++) {
+    const loaded = new Promise((resolve) => image.addEventListener("load", resolve, { once: true }));
+    const started = performance.now();
+    handle.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+    await loaded;
+    taken.push(performance.now() - started);
+  }
+  return taken;
+}"""
+
+
+def test_the_arrow_keys_of_a_keyboard_move_the_slider(gallery):
+    before = picture(gallery, "Step ").get_attribute("alt")
+    gallery.page.locator(".noUi-handle").first.focus()
+    gallery.page.keyboard.press("ArrowLeft")
+    wait_for(lambda: picture(gallery, "Step ").get_attribute("alt") != before)
+
+
+def test_a_sentence_is_typed_and_both_guess(gallery):
+    sentence = gallery.page.get_by_label("sentence").first
+    sentence.scroll_into_view_if_needed()
+    sentence.fill("If the file does not ___, an error is raised.")
+    sentence.press("Enter")
+    wait_for(lambda: gallery.page.locator("table", has_text="student of step").count())
+    gallery.shot("guesses")
+    assert gallery.page.locator("table", has_text="student of step").first.inner_text().count("%") >= 10
+
+
+def test_a_click_on_a_curve_opens_its_run(gallery):
+    curves = picture(gallery, "Discrepancy along step")
+    curves.scroll_into_view_if_needed()
+    before = gallery.page.locator(".noUi-handle").count()
+    pixels = np.asarray(Image.open(BytesIO(curves.screenshot())).convert("RGB")).astype(int)
+    close = np.abs(pixels - BLUE).sum(-1) < 30
+    rows, columns = close[:, : pixels.shape[1] // 2].nonzero()  # left of the legend
+    curves.click(position={"x": int(columns[-1]), "y": int(rows[-1])})
+    wait_for(lambda: gallery.page.locator(".noUi-handle").count() > before)
+    gallery.page.locator(".noUi-handle").nth(before).scroll_into_view_if_needed()
+    sleep(1)
+    gallery.shot("compare-opened")
+
+
+def test_the_watched_run_was_seen_to_its_end(gallery):
+    wait_for(lambda: gallery.page.locator('[role="status"]', has_text="Finished").count())
+    gallery.page.locator('[role="status"]', has_text="Finished").first.scroll_into_view_if_needed()
+    gallery.shot("watched")
+
+
+def test_the_chooser_says_at_once_what_a_width_comes_to(gallery):
+    target = gallery.page.get_by_label("target width").first
+    target.scroll_into_view_if_needed()
+    gallery.shot("chooser")
+
+
+def test_tab_reaches_every_control(gallery):
+    """In each widget, from its first control on, the tab key visits all the others."""
+    counts = gallery.page.evaluate(CONTROLS)
+    assert sum(counts) > 15
+    for widget, count in enumerate(counts):
+        gallery.page.locator(f'[data-control="{widget}"]').first.focus()
+        for _ in range(2 * count):
+            gallery.page.evaluate("document.activeElement.dataset.reached = '1'")
+            gallery.page.keyboard.press("Tab")
+        missed = gallery.page.locator(f'[data-control="{widget}"]:not([data-reached])')
+        assert [each.evaluate("control => control.outerHTML.slice(0, 150)") for each in missed.all()] == []
+
+
+CONTROLS = """() => {
+  // Marks the controls of each widget that has any with the widget's number; how many they are.
+  const kinds = "input, select, button, textarea, .noUi-handle";
+  const able = (each) => !each.disabled && each.offsetParent !== null && each.tabIndex >= 0;
+  const controls = [...document.querySelectorAll(".jp-OutputArea-output")]
+    .map((each) => [...each.querySelectorAll(kinds)].filter(able)).filter((each) => each.length);
+  controls.forEach((each, widget) => each.forEach((control) => { control.dataset.control = widget; }));
+  return controls.map((each) => each.length);
+}"""
+
+
+def test_the_console_stays_silent(gallery):
+    assert gallery.complaints() == []
