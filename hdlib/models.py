@@ -128,6 +128,13 @@ def num_positions(model: PreTrainedModel) -> int:
     return positions - model.config.pad_token_id - 1 if family(model).positions_after_padding else positions
 
 
+def check_length(length: int, model: PreTrainedModel) -> None:
+    """Raise ValueError unless a model has positions for blocks of so many tokens."""
+    positions = num_positions(model)
+    if length > positions:
+        raise ValueError(f"blocks have {length} tokens, the teacher only {positions} positions")
+
+
 @contextmanager
 def without_bars():
     """Small models are read and written at once: no progress bars of Transformers meanwhile."""
