@@ -1,5 +1,6 @@
-"""Looking at runs in JupyterLab: widgets read run folders, never live objects, and their pictures have words."""
+"""Choosing and looking at runs in JupyterLab: widgets read run folders, never live objects, and have words."""
 
+from .chooser import chooser
 from .live import LiveFigure
 
-__all__ = ["LiveFigure"]
+__all__ = ["LiveFigure", "chooser"]
