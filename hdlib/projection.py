@@ -10,8 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from .widths import Widths, family, set_widths
 
 STEPS = 24  # of the run that is measured, every second of which does not prune
 WARM = 2  # of them, that are not counted: caches and threads wake up
+COUNTED = 12  # shapes of which the operations are counted; those of the others follow
 NAMED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -62,17 +62,14 @@ def project(teacher: PreTrainedModel, config: DistillConfig, length: int, proces
     share = config.batch_size // processes  # blocks a step on one device
     blocks = min(config.micro_batch_size or share, share)
 
-    @cache
-    def operations(widths: Widths) -> float:
-        return blocks * block_operations(teacher, widths, config, length)
-
     short = _shortened(config, STEPS, blocks)
-    widths, prunes = course(teacher, short)
+    (short_widths, short_prunes), (widths, prunes) = course(teacher, short), course(teacher, config)
+    of_block = operations(teacher, {*short_widths, *widths}, config, length)
     seconds = _short_run(teacher, short, length)["seconds"].iloc[1:]  # step 0 measures only
-    seconds_of, prune_seconds = _fitted(seconds, map(operations, widths), prunes)
-    widths, prunes = course(teacher, config)
-    total = sum(map(operations, widths)) * share / blocks
-    seconds = sum(seconds_of(operations(each)) for each in widths) * share / blocks + prune_seconds * sum(prunes)
+    seconds_of, prune_seconds = _fitted(seconds, [blocks * of_block[each] for each in short_widths], short_prunes)
+    total = share * sum(of_block[each] for each in widths)
+    seconds = sum(seconds_of(blocks * of_block[each]) for each in widths) * share / blocks
+    seconds += prune_seconds * sum(prunes)
     held = peak_memory(lambda: _short_run(teacher, _shortened(config, 3, blocks), length), device())
     tokens = config.steps * config.batch_size * length
     return Projection(seconds / 3600, tokens / seconds, total * processes, total / seconds, held / 1e9)
@@ -92,14 +89,25 @@ def course(teacher: PreTrainedModel, config: DistillConfig) -> tuple[list[Widths
     return widths, prunes
 
 
-def block_operations(teacher: PreTrainedModel, widths: Widths, config: DistillConfig, length: int) -> float:
-    """Floating-point operations of a step for one block: the teacher's forward, and three times the student's."""
-    reads_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
+def operations(
+    teacher: PreTrainedModel, shapes: Iterable[Widths], config: DistillConfig, length: int
+) -> dict[Widths, float]:
+    """Floating-point operations of a step for one block, at each of these shapes of the student.
+
+    The teacher's forward, and three times the student's. A matrix product is of two widths, or of one with tokens,
+    words or a width that stays; so what is counted at some of the shapes tells all the others.
+    """
+    wide, shapes = Widths.of(teacher), sorted(set(shapes), key=astuple)
     looked_at = length
     if config.positions == "masked" and not family(teacher).causal:
         looked_at = max(1, round(config.mask_probability * length))
-    theirs = _forward(teacher, Widths.of(teacher), length, looked_at) if reads_teacher else 0.0
-    return theirs + 3 * _forward(teacher, widths, length, looked_at)
+    reads_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
+    theirs = _forward(teacher, wide, length, looked_at) if reads_teacher else 0.0
+    some = sorted(set(np.linspace(0, len(shapes) - 1, COUNTED).round().astype(int)))
+    counted = [_forward(teacher, shapes[each], length, looked_at) for each in some]
+    products = np.array([_products(widths, wide) for widths in shapes])  # (shapes, products)
+    weights = np.linalg.lstsq(products[some], np.array(counted, dtype=float))[0]
+    return dict(zip(shapes, (theirs + 3 * products @ weights).tolist(), strict=True))
 
 
 def wordless_tokenizer(vocab_size: int, pad_token_id: int | None = None) -> BertTokenizerFast:
@@ -157,6 +165,13 @@ def _fitted(
     pruned = steps[steps["prunes"]]
     extra = pruned["seconds"] - line(pruned["operations"])
     return line, max(0.0, float(extra.median())) if len(extra) else 0.0
+
+
+def _products(widths: Widths, wide: Widths) -> list[float]:
+    """What the operations of a forward are a sum of: the widths as fractions of the teacher's, and their products."""
+    hidden, ffn = widths.hidden / wide.hidden, widths.ffn / wide.ffn
+    heads = widths.heads * widths.head_dim / (wide.heads * wide.head_dim)
+    return [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
 
 
 def _forward(teacher: PreTrainedModel, widths: Widths, length: int, looked_at: int) -> float:

@@ -1,5 +1,6 @@
 """What a run would cost, told beforehand: it follows the run's config."""
 
+from dataclasses import astuple
 from itertools import pairwise
 
 import pandas as pd
@@ -11,7 +12,7 @@ from hdlib.models import check_vocabulary
 from hdlib.projection import course, project
 from hdlib.widths import set_widths
 
-from models import random_model
+from models import KINDS, random_model
 
 SMALL = {"steps": 100, "batch_size": 8, "micro_batch_size": 2, "target": 0.5, "precision": "float32"}
 
@@ -77,7 +78,21 @@ def test_operations_are_where_the_loss_looks(options, looked_at, teachers):
     teacher = random_model("bert", vocabulary=100)
     each = forward(teacher, Widths.of(teacher), looked_at)
     config = DistillConfig(**SMALL, **options)
-    assert projection.block_operations(teacher, Widths.of(teacher), config, 16) == (teachers + 3) * each
+    wide = Widths.of(teacher)
+    assert projection.operations(teacher, [wide], config, 16) == {wide: pytest.approx((teachers + 3) * each)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_counted_at_some_shapes_tells_the_others(name):
+    teacher = random_model(name, heads=8, head_dim=16, ffn=400, hidden=128, vocabulary=100)
+    config = DistillConfig(steps=1000, target=0.3, prune_every=1)
+    shapes = sorted(set(course(teacher, config)[0]), key=astuple)
+    found = projection.operations(teacher, shapes, config, 16)
+    assert len(shapes) > 100 and found.keys() == set(shapes)
+    looked_at = 16 if KINDS[name].causal else 2
+    wide = forward(teacher, Widths.of(teacher), looked_at)
+    for widths in shapes[5 :: len(shapes) // 4]:
+        assert found[widths] == pytest.approx(wide + 3 * forward(teacher, widths, looked_at), rel=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"initial": "random"}, {"schedule": "one_shot"}], ids=str)

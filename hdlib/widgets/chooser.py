@@ -63,7 +63,10 @@ WIDTHS = {
     "head_dim": "dimensions of a head; 0: as the teacher's, or what follows from the others",
 }
 BUTTONS = {
-    "measure": ("Measure time and memory", "Some steps on this machine, with random text, tell what the run will take"),
+    "measure": (
+        "Measure time and memory",
+        "Two dozen steps on this machine, with random text, tell what the run will take",
+    ),
     "export": ("Export", "Write the configuration for the command line and the parameters for papermill"),
     "run": ("Run", "Start the run in a process of its own, or go on with one that was stopped"),
     "stop": ("Stop", "Let the run end after the step under way, with a checkpoint"),
@@ -228,7 +231,7 @@ class Chooser(widgets.VBox):
 
     def _measure(self) -> None:
         button = self.buttons["measure"]
-        button.description, button.disabled = "Measuring, some seconds ...", True
+        button.description, button.disabled = "Measuring, two dozen steps ...", True
         try:
             config = shape_of(self.place("teacher"))
             with self._unseen, torch.random.fork_rng():  # unseen: progress bars
