@@ -13,7 +13,7 @@ import hdlib
 
 from .study import Mistake, Scale, Study, parameters
 
-MASKED = 0.15  # share of the positions at which the head runs
+MASKED = hdlib.DistillConfig.mask_probability  # by default: share of the positions at which the head runs
 
 
 def answers(study: Study, table: pd.DataFrame) -> list[dict]:

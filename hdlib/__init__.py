@@ -29,7 +29,7 @@ from .run_figure import plot_neurons, plot_run
 from .runs import Run, save_result
 from .schedules import cubic, linear, one_shot
 from .scorers import scorer
-from .widgets import LiveFigure, compare, explore, watch
+from .widgets import LiveFigure, chooser, compare, explore, watch
 from .widths import UnsupportedArchitecture, WidthGroup, Widths, width_groups
 
 __all__ = [

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .losses import TERMS, DistillationLoss
 from .masking import SCOPES
-from .models import check_vocabulary, num_positions
+from .models import check_length, check_vocabulary
 from .narrowing import check_narrowable
 from .schedules import SCHEDULES
 from .scorers import SCORERS
@@ -74,7 +74,7 @@ class DistillConfig:
         _require(self.micro_batch_size >= 0, f"micro_batch_size is at least 0; got {self.micro_batch_size}")
         for name in ("learning_rate", "max_grad_norm", "eps"):
             _require(getattr(self, name) > 0, f"{name} must be above 0; got {getattr(self, name)}")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is one of {', '.join(choices)}; got {value!r}")
         _require(
@@ -121,8 +121,7 @@ class DistillConfig:
             self.batch_size % processes == 0,
             f"batch_size {self.batch_size} cannot be shared out evenly to {processes} processes",
         )
-        length, positions = len(train[0]["input_ids"]), num_positions(teacher)
-        _require(length <= positions, f"blocks have {length} tokens, the teacher only {positions} positions")
+        check_length(len(train[0]["input_ids"]), teacher)
         _require(
             "attention_mask" not in train.column_names,
             "the training blocks have an attention_mask, which the loop would not see: "
@@ -229,7 +228,7 @@ _COUNTS = (
     "checkpoint_every",
     "keep_last",
 )
-_CHOICES = {
+CHOICES = {  # the fields that name something, and the names there are
     "initial": ("teacher", "random"),
     "schedule": tuple(SCHEDULES),
     "scorer": tuple(SCORERS),

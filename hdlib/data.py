@@ -49,6 +49,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after one of the above: corpus.txt.zst
 HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are not trained on
 HELD_OUT = 50  # without such a file, one document in so many is
+SHORTEST = 8  # tokens a block
 RECIPE = 2  # raise it when blocks are made in another way, so that no old cache is taken for the new
 TOGETHER = 1000  # documents that are made into blocks together; what is left of them at the end is dropped
 PART = 100_000  # documents to a file of the cache; what is killed meanwhile goes on after the last whole one
@@ -97,8 +98,10 @@ def load_corpus(
     """
     if tokenizer is None:
         raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
-    if not 8 <= length <= tokenizer.model_max_length:
-        raise ValueError(f"length is from 8 to the {tokenizer.model_max_length} positions of the teacher; got {length}")
+    if not SHORTEST <= length <= tokenizer.model_max_length:
+        raise ValueError(
+            f"length is from {SHORTEST} to the {tokenizer.model_max_length} positions of the teacher; got {length}"
+        )
     causal = tokenizer.mask_token_id is None if causal is None else causal
     documents = load_documents(name_or_path, text_column, subset, streaming)
     if "validation" not in documents:
@@ -212,6 +215,13 @@ def batches(blocks: Dataset, batch_size: int, device: torch.device | str = "cpu"
         yield {name: column.to(device) for name, column in batch.items()}
 
 
+def check_there(name_or_path: str) -> None:
+    """Raise FileNotFoundError for a path to nothing; what may be a name on the hub passes without being asked for."""
+    only_a_path = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
+    if only_a_path and not exists(Path(name_or_path).expanduser()):
+        raise FileNotFoundError(f"there is no file or folder {name_or_path}")
+
+
 def load_documents(
     name_or_path: str | Path | list[str | Path],
     text_column: str = "text",
@@ -277,8 +287,7 @@ def _from_files(paths: list[Path], streaming: bool) -> tuple[dict, dict[str, str
 
 
 def _from_hub(name: str, subset: str | None, streaming: bool) -> dict:
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no file or folder {name}")
+    check_there(name)
     if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
         try:
             HfApi().dataset_info(name, timeout=5)

@@ -57,7 +57,7 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
             tokenizer of another vocabulary.
         UnsupportedArchitecture: a family without a table of width groups.
     """
-    source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
+    source = _source(name_or_path)
     _check_reachable(source)
     try:
         auto_class = language_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
@@ -80,6 +80,21 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
         )
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
+    """The config of a teacher, without its weights. Arguments as for `load_teacher`.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a hub name that cannot be reached.
+        ValueError: no config of a model that Transformers knows.
+    """
+    source = _source(name_or_path)
+    _check_reachable(source)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no config of a model could be read from {source}: {error}") from error
 
 
 def language_model_class(config: PreTrainedConfig) -> type:
@@ -111,6 +126,13 @@ def num_positions(model: PreTrainedModel) -> int:
     """The longest sequence that a model has positions for."""
     positions = model.config.max_position_embeddings
     return positions - model.config.pad_token_id - 1 if family(model).positions_after_padding else positions
+
+
+def check_length(length: int, model: PreTrainedModel) -> None:
+    """Raise ValueError unless a model has positions for blocks of so many tokens."""
+    positions = num_positions(model)
+    if length > positions:
+        raise ValueError(f"blocks have {length} tokens, the teacher only {positions} positions")
 
 
 @contextmanager
@@ -275,6 +297,10 @@ def _attended(module, query: Tensor, attention_mask: Tensor | None) -> Tensor | 
 
 AttentionInterface.register(RECORDING, _attend_and_record)
 AttentionMaskInterface.register(RECORDING, sdpa_mask)
+
+
+def _source(name_or_path: str | Path) -> str:
+    return str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
 
 
 def _check_reachable(source: str) -> None:

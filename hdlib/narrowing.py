@@ -236,7 +236,7 @@ def _sites(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     return sites
 
 
-def _empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+def empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     """A model of the new shape as the stock constructor builds it, without memory for its weights."""
     config = deepcopy(model.config)
     set_widths(model, config, widths)
@@ -271,7 +271,7 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
                 f"{name} is a {type(parameter.data).__name__} of {parameter.dtype}, quantised or sharded, and cannot "
                 "be sliced: load the model whole and in float32 or bfloat16"
             )
-    stock = _empty_stock_model(model, widths)
+    stock = empty_stock_model(model, widths)
     differ = dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys()
     if differ:
         raise UnsupportedArchitecture(

@@ -1,20 +1,16 @@
 """The paper's configurations, and what a run would cost."""
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-import hdlib
 from experiments import cost
-from hdlib import DistillConfig, Widths
+from hdlib import Widths
 from hdlib.__main__ import read
 from hdlib.widths import set_widths
-
-from models import random_model
 
 PAPER = Path(cost.__file__).with_name("paper")
 PUBLISHED = {"base": 65e6, "small": 17.3e6, "xsmall": 15.6e6, "tiny": 14.1e6}  # parameters, in the paper
@@ -45,37 +41,6 @@ def test_a_configuration_of_the_paper(name, bert_base):
 
 def test_there_is_one_for_every_student_of_the_paper():
     assert {path.stem for path in PAPER.glob("*.yaml")} == {f"homobert_{name}" for name in PUBLISHED}
-
-
-@pytest.mark.parametrize("name, causal", [("bert", False), ("qwen3", True)])
-def test_a_projection_adds_up(name, causal):
-    """By hand: operations, and time that follows steps and devices."""
-    teacher = random_model(name, vocabulary=100)
-    config = DistillConfig(steps=100, batch_size=8, micro_batch_size=2, target=0.5, precision="float32")
-    found = cost.project(teacher, config, 16)
-    assert found.tokens_per_second == pytest.approx(100 * 8 * 16 / (found.hours * 3600))
-    assert found.operations == pytest.approx(found.operations_per_second * found.hours * 3600)
-
-    def forward(widths):
-        shape = type(teacher.config)(**teacher.config.to_dict())
-        set_widths(teacher, shape, widths)
-        head = 2 * (16 if causal else 2) * shape.hidden_size * (shape.hidden_size + 100)
-        return hdlib.cost.flops(shape, 16) + head
-
-    wide, target = Widths.of(teacher), config.shape(teacher)
-    at = [wide, *(config.widths_at(step, teacher, target) for step in range(1, 100))]
-    assert found.operations == pytest.approx(8 * sum(forward(wide) + 3 * forward(widths) for widths in at))
-    assert cost.project(teacher, config, 16, processes=2).operations == pytest.approx(found.operations)
-
-
-def test_a_line_is_fitted_to_the_steps_and_prunes_come_on_top():
-    """Seconds made up as 1 + 2 x operations, and 5 more where a prune was."""
-    sizes = [8, 8, 8, 8, 6, 6, 4, 4, 4]  # after steps 0 to 8
-    steps = [{"hidden_size": n, "intermediate_size": n, "head_dim": n, "num_heads": 1, "seconds": 0.0} for n in sizes]
-    for step, (before, after) in enumerate(pairwise(sizes), 1):
-        steps[step]["seconds"] = 1 + 2 * before + 5 * (before != after)
-    line, prune = cost._fitted(cost.pd.DataFrame(steps), lambda widths: widths.hidden)
-    assert [line(n) for n in (8, 4, 1)] == pytest.approx([17, 9, 3]) and prune == pytest.approx(5)
 
 
 def test_the_command_says_hours_and_money(tmp_path, monkeypatch, capsys):

@@ -12,10 +12,11 @@ from threading import Semaphore
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertTokenizerFast
+from transformers import BertConfig
 
 import hdlib
 from hdlib import cost
+from hdlib.projection import wordless_tokenizer
 
 from .work import Setting
 
@@ -55,15 +56,8 @@ def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callab
     blocks = torch.randint(1000, 30000, (STEPS * setting.batch_size, setting.length), generator=torch.Generator())
     train = Dataset.from_dict({"input_ids": blocks.tolist()})
     masked_words = {"input_ids": blocks[:1].tolist(), "labels": blocks[:1].tolist()}
-    data = (_tokenizer(), train, Dataset.from_dict(masked_words), config, folder)
+    data = (wordless_tokenizer(BertConfig().vocab_size), train, Dataset.from_dict(masked_words), config, folder)
     return lambda on_step: hdlib.distill(setting.teacher(), *data, on_step=on_step)
-
-
-def _tokenizer() -> BertTokenizerFast:
-    """As many words as a BERT has, none of which is ever spelled out."""
-    named = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = named + [f"w{number}" for number in range(BertConfig().vocab_size - len(named))]
-    return BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
 
 
 def _in_turns(distilled: dict[str, Callable]) -> dict[str, hdlib.Run]:
