@@ -190,6 +190,7 @@ def test_a_sentence_is_typed_and_both_guess(gallery):
     sentence.fill("If the file does not ___, an error is raised.")
     sentence.press("Enter")
     wait_for(lambda: gallery.page.locator("table", has_text="student of step").count())
+    gallery.page.locator("table", has_text="student of step").first.scroll_into_view_if_needed()
     gallery.shot("guesses")
     assert gallery.page.locator("table", has_text="student of step").first.inner_text().count("%") >= 10
 
@@ -215,8 +216,12 @@ def test_the_watched_run_was_seen_to_its_end(gallery):
 
 
 def test_the_chooser_says_at_once_what_a_width_comes_to(gallery):
-    target = gallery.page.get_by_label("target width").first
+    target = gallery.page.get_by_label("target", exact=True).last
     target.scroll_into_view_if_needed()
+    target.fill("0.5")
+    target.press("Tab")
+    row = gallery.page.locator("tr", has_text="hidden width")
+    wait_for(lambda: "96" in row.first.inner_text())  # of 180, in 12 heads
     gallery.shot("chooser")
 
 

@@ -36,6 +36,6 @@ def message(text: str) -> widgets.HTML:
 
 def table(rows: pd.DataFrame) -> str:
     """A small table as HTML."""
-    cells = [{"selector": "th, td", "props": "padding: 1px 8px; text-align: right; font-weight: normal"}]
-    cells += [{"selector": "th.col_heading", "props": "color: #555555"}]
-    return rows.style.set_table_styles(cells).to_html()
+    cells = "padding: 2px 8px; text-align: right; vertical-align: bottom; line-height: 1.3; font-weight: normal"
+    styles = [{"selector": "th, td", "props": cells}, {"selector": "th.col_heading", "props": "color: #555555"}]
+    return rows.style.set_table_styles(styles).to_html()
