@@ -163,14 +163,14 @@ def test_exported_files_hold_what_was_chosen(widget, name, tmp_path, text_file, 
     own |= {"target": taken["ratio"]} if "ratio" in taken else {}
     assert not own.keys() & taken["settings"].keys() and DistillConfig(**own | taken["settings"]) == config
     assert (taken["runs"], taken["corpus"], taken["length"]) == (str(folder.parent), str(text_file), 32)
-    (shown,) = re.findall("<pre>(.*)</pre>", widget.exported.value, re.S)
+    (shown,) = re.findall("<pre>(.*)</pre>", widget.told.value, re.S)
     launch, plain, notebook = (shlex.split(line) for line in unescape(shown).splitlines())
     command = ["-m", "hdlib", str(folder.with_name("third.0.33.yaml"))]
     assert launch == ["accelerate", "launch", *command] and plain == ["python", *command]
     assert notebook[:2] == ["papermill", str(QUICKSTART)] and Path(notebook[1]).exists()
     assert notebook[3:] == ["-f", str(folder.with_name("third.0.33.papermill.yaml"))]
     choose(widget, seed=widget.config.seed + 1)
-    assert widget.exported.value == "", "the files are of other settings now"
+    assert widget.told.value == "", "the files are of other settings now"
 
 
 def test_the_notebook_runs_what_was_exported(widget, tmp_path, text_file):
@@ -257,7 +257,11 @@ def test_stop_ends_a_run_with_a_checkpoint_and_run_goes_on_with_it(widget, tmp_p
         begun = stopped_at[-1] if stopped_at else 0
         widget.buttons["run"].click()
         run = hdlib.Run(tmp_path / "new" / "small")
-        until(lambda run=run, begun=begun: run.begun and len(run.records()) > begun + 3)
+        until(
+            lambda run=run, begun=begun: (
+                (run.begun and len(run.records()) > begun + 3) or "alert" in widget.status.value
+            )
+        )
         widget.buttons["stop"].click()
         assert widget.process.wait(60) == 128 + signal.SIGTERM
         until(lambda: "Run goes on with it" in widget.status.value)
@@ -272,6 +276,6 @@ def test_a_place_that_cannot_be_written_is_said(widget, tmp_path):
     (tmp_path / "file").write_text("")
     choose(widget, run_dir=str(tmp_path / "file" / "run"))
     widget.buttons["export"].click()
-    assert 'role="alert"' in widget.status.value and "file" in widget.status.value
+    assert 'role="alert"' in widget.told.value and "file" in widget.told.value
     widget.buttons["run"].click()
     assert widget.process is None and not widget.buttons["run"].disabled

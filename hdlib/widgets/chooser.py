@@ -25,7 +25,7 @@ from ..data import SHORTEST, check_there, load_corpus
 from ..models import check_length, language_model_class, load_teacher, shape_of
 from ..narrowing import empty_stock_model
 from ..projection import Projection, project
-from ..widths import Widths, width_groups
+from ..widths import Widths
 from .watch import watch
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb"
@@ -118,7 +118,7 @@ class Chooser(widgets.VBox):
             name: widgets.Button(description=label, tooltip=tooltip, layout={"width": "auto"})
             for name, (label, tooltip) in BUTTONS.items()
         }
-        self.table, self.measured, self.exported, self.status = (widgets.HTML() for _ in range(4))
+        self.table, self.measured, self.told, self.status = (widgets.HTML() for _ in range(4))
         self.watched, self._unseen = widgets.VBox(), widgets.Output()
         self.config, self.sizes, self.problem, self.process = None, pd.DataFrame(), "", None
         self._outline, self._sizes = cache(_outline), cache(_sizes)  # asked for at every change
@@ -132,7 +132,7 @@ class Chooser(widgets.VBox):
         groups["Shape"] = [self.by, groups["Shape"][0], *self.widths.values(), *groups["Shape"][1:]]
         settings = widgets.Box([_group(*group) for group in groups.items()], layout={"flex_flow": "row wrap"})
         buttons = widgets.Box([*self.buttons.values()], layout={"flex_flow": "row wrap"})
-        shown = [self.table, buttons, self.measured, self.exported, self.status, self.watched]
+        shown = [self.table, buttons, self.measured, self.told, self.status, self.watched]
         super().__init__([settings, *shown])
         self.refresh()
 
@@ -141,7 +141,7 @@ class Chooser(widgets.VBox):
         self.controls["target"].disabled = self.by.value == SHAPE
         for control in self.widths.values():
             control.disabled = self.by.value == FRACTION
-        self.measured.value = self.exported.value = ""  # of other settings
+        self.measured.value = self.told.value = ""  # of other settings
         self.config, self.sizes, self.problem = None, pd.DataFrame(), ""
         try:
             config = self._chosen()
@@ -226,7 +226,7 @@ class Chooser(widgets.VBox):
         try:
             action()
         except (ValueError, OSError, MemoryError, ArithmeticError) as error:
-            self.status.value = _alert(str(error))
+            self.told.value = _alert(str(error))
         self._enable()
 
     def _measure(self) -> None:
@@ -255,7 +255,7 @@ class Chooser(widgets.VBox):
         ]
         shown = "\n".join(shlex.join(map(str, line)) for line in lines)
         said = _status("In several processes, in one, or as a notebook:")
-        self.exported.value = f"{said}<pre>{escape(shown)}</pre>"
+        self.told.value = f"{said}<pre>{escape(shown)}</pre>"
 
     def _run(self) -> None:
         configuration, log = _written(self.beside(".yaml"), self.configuration()), self.beside(".log")
@@ -326,9 +326,7 @@ def _outline(teacher: str) -> PreTrainedModel:
     """A teacher without weights. Raises OSError or ValueError in words if there is none, or none to be narrowed."""
     config = shape_of(teacher)
     with torch.device("meta"):
-        model = language_model_class(config).from_config(config)
-    width_groups(model)
-    return model
+        return language_model_class(config).from_config(config)
 
 
 def _sizes(teacher: PreTrainedModel, target: Widths, length: int) -> pd.DataFrame:
