@@ -22,6 +22,7 @@ from .plots import (
     plot_map,
     plot_overlap,
     plot_prunes,
+    plot_schedule,
     plot_scores,
     plot_speed_up,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "plot_overlap",
     "plot_prunes",
     "plot_run",
+    "plot_schedule",
     "plot_scores",
     "plot_speed_up",
     "save_result",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,9 +17,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .config import DistillConfig
 from .losses import TERMS
 from .runs import Run
-from .widths import axes_of
+from .widths import Widths, axes_of
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and here by line style in grey print too.
 COLOURS = {
@@ -53,6 +55,7 @@ COSTS = {
     "latency": "milliseconds, one forward",
 }
 POINTS = 2000  # of a long curve that are drawn: as many as a figure has dots
+WIDTHS = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "head_dim": "dimensions of a head"}
 LABELS = {
     "mlm": "words (language model)",
     "prediction": "prediction (KL)",
@@ -102,6 +105,34 @@ def plot_discrepancy(runs: Run | Mapping[str, Run], axes: tuple[Axes, Axes] | No
     if any(runs):
         upper.legend(frameon=False)
     return upper.figure
+
+
+def plot_schedule(config: DistillConfig, teacher: PreTrainedModel, axes: Axes | None = None) -> Figure:
+    """What a run will leave of every width along its steps, before anything is trained.
+
+    Args:
+        config: of the run.
+        teacher: a model of the right shape; its weights do not matter.
+        axes: where to draw; a new figure if None.
+    """
+    axes = axes or plt.subplots(figsize=(5, 2.4), layout="constrained")[1]
+    target, wide = config.shape(teacher), asdict(Widths.of(teacher))
+    steps = sorted({round(part * config.steps / 400) for part in range(401)})  # enough for every dot
+    copied = config.initial == "teacher"
+    widths = [asdict(config.widths_at(step, teacher, target) if copied else target) for step in steps]
+    shapes = pd.DataFrame(widths, index=steps) / pd.Series(wide)
+    for (name, label), colour, style in zip(WIDTHS.items(), COLOURS.values(), STYLES, strict=False):
+        if shapes[name].iloc[-1] < 1:
+            axes.step(steps, shapes[name], where="post", color=colour, linestyle=style, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    axes.set_xlim(0, config.steps)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("step")
+    axes.set_ylabel("kept of the width")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small")
+    return axes.figure
 
 
 def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:

@@ -311,11 +311,12 @@ def test_long_silence_is_told(broken):
     assert "may have been stopped" in hdlib.watch(broken).alt and "1:00:0" in hdlib.watch(broken).alt
 
 
-def test_every_widget_is_a_picture_where_none_can_be_shown(runs):
-    for widget in (hdlib.explore(runs["fast"]), hdlib.compare(*runs.values()), hdlib.watch(runs["fast"].folder)):
+def test_every_widget_is_a_picture_where_none_can_be_shown(runs, tmp_path):
+    looking = (hdlib.explore(runs["fast"]), hdlib.compare(*runs.values()), hdlib.watch(runs["fast"].folder))
+    for widget in (*looking, hdlib.chooser(tmp_path)):
         bundle = widget._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in bundle
-        assert png_size(base64.b64decode(bundle["image/png"]))[0] > 500
+        assert png_size(base64.b64decode(bundle["image/png"]))[0] >= 500
         assert bundle["text/plain"] == widget.alt and len(widget.alt) > 20
 
 
@@ -358,6 +359,15 @@ def test_colours_of_curves_are_told_apart_by_colour_blind_readers(kind):
     seen = np.clip(linear @ np.array(COLOUR_BLIND[kind]).T, 0, 1)
     distances = [np.linalg.norm(seen[i] - seen[j]) for i in range(len(seen)) for j in range(i)]
     assert min(distances) > 0.08
+
+
+def test_the_schedule_is_the_one_of_the_run(runs):
+    run = runs["slow-seed-1"]
+    teacher = random_bert()
+    (axes,) = hdlib.plot_schedule(run.config, teacher).axes
+    drawn = dict(zip(axes.lines[0].get_xdata(), axes.lines[0].get_ydata(), strict=True))
+    widths = run.metrics["hidden_size"] / run.metrics.loc[0, "hidden_size"]
+    assert drawn == pytest.approx(widths.to_dict())
 
 
 def test_a_run_that_is_not_there_for_a_figure(runs):

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 import ipywidgets as widgets
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import yaml
@@ -24,9 +25,12 @@ from ..cost import flops, parameters
 from ..data import SHORTEST, check_there, load_corpus
 from ..models import check_length, language_model_class, load_teacher, shape_of
 from ..narrowing import empty_stock_model
+from ..plots import plot_schedule
 from ..projection import Projection, project
 from ..widths import Widths
+from .picture import Picture, drawn
 from .watch import watch
+from .words import Shown, alert, status
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb"
 FRACTION, SHAPE = "a fraction of every width", "a shape"
@@ -96,7 +100,7 @@ def chooser(folder: str | Path = "runs") -> Chooser:
     return Chooser(folder)
 
 
-class Chooser(widgets.VBox):
+class Chooser(Shown):
     """What `chooser` returns.
 
     Attributes:
@@ -119,7 +123,7 @@ class Chooser(widgets.VBox):
             for name, (label, tooltip) in BUTTONS.items()
         }
         self.table, self.measured, self.told, self.status = (widgets.HTML() for _ in range(4))
-        self.watched, self._unseen = widgets.VBox(), widgets.Output()
+        self.picture, self.watched, self._unseen = Picture(), widgets.VBox(), widgets.Output()
         self.config, self.sizes, self.problem, self.process = None, pd.DataFrame(), "", None
         self._outline, self._sizes = cache(_outline), cache(_sizes)  # asked for at every change
 
@@ -132,8 +136,8 @@ class Chooser(widgets.VBox):
         groups["Shape"] = [self.by, groups["Shape"][0], *self.widths.values(), *groups["Shape"][1:]]
         settings = widgets.Box([_group(*group) for group in groups.items()], layout={"flex_flow": "row wrap"})
         buttons = widgets.Box([*self.buttons.values()], layout={"flex_flow": "row wrap"})
-        shown = [self.table, buttons, self.measured, self.told, self.status, self.watched]
-        super().__init__([settings, *shown])
+        sizes = widgets.Box([self.table, self.picture], layout={"flex_flow": "row wrap"})
+        super().__init__([settings, sizes, buttons, self.measured, self.told, self.status, self.watched], "")
         self.refresh()
 
     def refresh(self) -> None:
@@ -152,9 +156,13 @@ class Chooser(widgets.VBox):
             self.sizes = self._sizes(teacher, config.shape(teacher), self.length)
             self.config = config
             self.table.value = _html(self.sizes, self.place("teacher"), self.length)
+            figure = plot_schedule(config, teacher)
+            plt.close(figure)
+            self.picture.show(drawn(figure), _course(config, teacher))
         except (ValueError, OSError) as error:
             self.problem = str(error)
-            self.table.value = _alert(self.problem)
+            self.table.value, self.picture.png, self.picture.alt = alert(self.problem), b"", ""
+        self.alt = self.words()
         self._enable()
 
     def _chosen(self) -> DistillConfig:
@@ -212,8 +220,9 @@ class Chooser(widgets.VBox):
         chosen = [f"{name}={value}" for name, value in self.configuration().items() if name in self.controls]
         return f"A student of {self.place('teacher')}\n{'; '.join(rows)}\nchosen: {', '.join(chosen)}"
 
-    def _repr_mimebundle_(self, **options) -> dict:
-        return super()._repr_mimebundle_(**options) | {"text/plain": self.words()}
+    @property
+    def png(self) -> bytes:
+        return b"" if self.problem else self.picture.png
 
     def _enable(self) -> None:
         running = self.process is not None and self.process.poll() is None
@@ -226,7 +235,7 @@ class Chooser(widgets.VBox):
         try:
             action()
         except (ValueError, OSError, MemoryError, ArithmeticError) as error:
-            self.told.value = _alert(str(error))
+            self.told.value = alert(str(error))
         self._enable()
 
     def _measure(self) -> None:
@@ -243,7 +252,7 @@ class Chooser(widgets.VBox):
         try:
             return _projection(project(teacher, self.config, self.length))
         except (ValueError, OSError, MemoryError, ArithmeticError) as error:
-            return _alert(str(error))
+            return alert(str(error))
 
     def _export(self) -> None:
         configuration = _written(self.beside(".yaml"), self.configuration())
@@ -254,7 +263,7 @@ class Chooser(widgets.VBox):
             ["papermill", QUICKSTART, self.beside(".ipynb"), "-f", notebook],
         ]
         shown = "\n".join(shlex.join(map(str, line)) for line in lines)
-        said = _status("In several processes, in one, or as a notebook:")
+        said = status("In several processes, in one, or as a notebook:")
         self.told.value = f"{said}<pre>{escape(shown)}</pre>"
 
     def _run(self) -> None:
@@ -262,24 +271,24 @@ class Chooser(widgets.VBox):
         command = [sys.executable, "-m", "hdlib", str(configuration), "--resume"]
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        self.status.value = _status(f"Process {self.process.pid} runs; it writes what it says to {log}.")
+        self.status.value = status(f"Process {self.process.pid} runs; it writes what it says to {log}.")
         self.watched.children = [watch(self.run_dir)]
         Thread(target=self._wait, args=(self.process, log), daemon=True).start()
 
     def _stop(self) -> None:
         self.process.terminate()
-        self.status.value = _status("The run will stop after the step under way, with a checkpoint.")
+        self.status.value = status("The run will stop after the step under way, with a checkpoint.")
 
     def _wait(self, process: subprocess.Popen, log: Path) -> None:
         """Say how a process ended, when it has."""
         code = process.wait()
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         if code == 0:
-            self.status.value = _status(f"The run has finished. {last}")
+            self.status.value = status(f"The run has finished. {last}")
         elif code in STOPPED:
-            self.status.value = _status("The run has stopped; Run goes on with it.")
+            self.status.value = status("The run has stopped; Run goes on with it.")
         else:
-            self.status.value = _alert(f"The run ended with status {code}: {last} More is in {log}.")
+            self.status.value = alert(f"The run ended with status {code}: {last} More is in {log}.")
         self._enable()
 
 
@@ -338,6 +347,19 @@ def _sizes(teacher: PreTrainedModel, target: Widths, length: int) -> pd.DataFram
     return table.loc[list(ROWS)].rename(index=ROWS)
 
 
+def _course(config: DistillConfig, teacher: PreTrainedModel) -> str:
+    """When neurons go, in words."""
+    if config.initial == "random":
+        return "The student has its shape from the first step on."
+    target, wide = config.shape(teacher), Widths.of(teacher)
+    halfway = config.widths_at(config.steps // 2, teacher, target)
+    return (
+        f"Of {config.steps:,} steps, neurons go between {config.prune_start:.0%} and {config.prune_end:.0%}, on the "
+        f"{config.schedule} schedule: hidden width {wide.hidden} at first, {halfway.hidden} halfway, "
+        f"{target.hidden} in the end."
+    )
+
+
 def _size(teacher: PreTrainedModel, widths: Widths, length: int) -> dict[str, float]:
     model = empty_stock_model(teacher, widths)
     return asdict(widths) | parameters(model) | {"gflop": flops(model.config, length) / 1e9}
@@ -358,7 +380,7 @@ def _number(value: float) -> str:
 
 
 def _projection(found: Projection) -> str:
-    return _status(
+    return status(
         f"On this machine the run would take {_duration(found.hours)}, at {found.tokens_per_second:,.0f} tokens a "
         f"second, and hold {found.gigabytes:.2f} GB at most."
     )
@@ -369,16 +391,6 @@ def _duration(hours: float) -> str:
     if minutes < 2:
         return f"{minutes * 60:.0f} seconds"
     return f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:,.1f} hours"
-
-
-def _status(text: str) -> str:
-    return f'<div role="status">{escape(text)}</div>'
-
-
-def _alert(text: str) -> str:
-    """A sentence that stands out, and is read aloud when it appears."""
-    style = "border-left: 4px solid #E69F00; padding: 2px 8px"
-    return f'<div role="alert" style="{style}">{escape(text)}</div>'
 
 
 def _written(path: Path, values: dict) -> Path:

@@ -18,7 +18,7 @@ from ..plots import PLACES, plot_arms
 from ..runs import Run
 from .explore import explore
 from .picture import Picture, drawn
-from .words import Shown, message, table
+from .words import Shown, alert, table
 
 CHOICES = {
     "discrepancy": "held_out_kl",
@@ -54,7 +54,7 @@ def compare(*runs: Run | str | Path) -> widgets.Widget:
             problems.append(str(error))
     if not opened:
         problems.append("There are no runs to compare: name their folders, as in compare('runs/one', 'runs/two')")
-        return Shown([message(problem) for problem in problems], " ".join(problems))
+        return Shown([widgets.HTML(alert(problem)) for problem in problems], " ".join(problems))
     return Comparison(opened, problems)
 
 
@@ -78,7 +78,14 @@ class Comparison(Shown):
         self.picture.on_click(self.click)
         controls = widgets.HBox([self.measure, self.along, self.seeds, self.chosen], layout={"flex_flow": "row wrap"})
         settings = widgets.HTML(_settings(arms_of(self.runs)))
-        shown = [*map(message, problems), settings, controls, self.said, self.picture, self.explored]
+        shown = [
+            *(widgets.HTML(alert(problem)) for problem in problems),
+            settings,
+            controls,
+            self.said,
+            self.picture,
+            self.explored,
+        ]
         super().__init__(shown, "")
         self.show()
 
@@ -89,7 +96,7 @@ class Comparison(Shown):
         able = {name: run for name, run in self.runs.items() if {measure, along} - {"step"} <= {*run.metrics}}
         self.arms = {arm: each for arm, each in arms.items() if each.keys() <= able.keys()}
         lacking = ", ".join(name for name in self.runs if name not in able)
-        self.said.value = message(f"Not recorded in: {lacking}").value if lacking else ""
+        self.said.value = alert(f"Not recorded in: {lacking}") if lacking else ""
         figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
         plt.close(figure)
         plot_arms({arm: list(each.values()) for arm, each in self.arms.items()}, measure, along, axes)

@@ -17,7 +17,7 @@ from ..models import NOBODYS_CODE, language_model_class, load_teacher, without_b
 from ..run_figure import RunFigure
 from ..runs import Run
 from .picture import Picture, drawn
-from .words import Shown, message, table
+from .words import Shown, alert, table
 
 PARTS = {  # what a record holds, in the order in which it is told
     "held_out_kl": "KL to the teacher, nats",
@@ -52,7 +52,8 @@ def explore(
     try:
         return Explorer(Run.load(folder), teacher)
     except (OSError, ValueError) as error:
-        return Shown([message(f"There is nothing to explore: {error}")], str(error))
+        said = f"There is nothing to explore: {error}"
+        return Shown([widgets.HTML(alert(said))], said)
 
 
 class Explorer(Shown):
@@ -81,7 +82,7 @@ class Explorer(Shown):
         self.picture, self.words, self.parts = Picture(), widgets.HTML(), widgets.HTML()
         self.guesser = _Guesser(run, teacher)
         self.slider.observe(lambda _change: self.show(), "value")
-        problems = [message(problem) for problem in missing(run)]
+        problems = [widgets.HTML(alert(problem)) for problem in missing(run)]
         moved = widgets.HBox([self.play, self.slider])
         super().__init__([*problems, moved, self.words, self.picture, self.parts, self.guesser], "")
         self.show()
@@ -137,7 +138,7 @@ class _Guesser(widgets.VBox):
         self.sentence.observe(lambda _change: self.guess(), "value")
         self.button.on_click(lambda _button: self.guess())
         if not self.students:
-            self.answer.value = message("No student has been saved yet, so nothing can be guessed.").value
+            self.answer.value = alert("No student has been saved yet, so nothing can be guessed.")
             self.button.disabled = self.sentence.disabled = True
         super().__init__([widgets.HBox([self.sentence, self.button]), self.answer])
 
@@ -159,7 +160,7 @@ class _Guesser(widgets.VBox):
             asked = {"teacher": teacher, f"student of step {self._step:,}": self._student(self.students[self._step])}
             found = {name: guesses(model, tokenizer, self.sentence.value) for name, model in asked.items()}
         except (OSError, ValueError) as error:
-            self.answer.value = message(str(error)).value
+            self.answer.value = alert(str(error))
             return
         self.answer.value = _beside_each_other(found)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
-from html import escape
 from pathlib import Path
 from time import perf_counter, time
 
@@ -14,7 +14,7 @@ from ..run_figure import RunFigure
 from ..runs import Run
 from .explore import explore
 from .picture import Picture, drawn
-from .words import Shown, message
+from .words import Shown, alert, status
 
 QUIET = 20  # times as long as a step usually takes, without a word from the run: something may have happened to it
 AT_LEAST = 120  # seconds of quiet that mean nothing: a checkpoint or a held-out measure may take them
@@ -63,7 +63,7 @@ class Watch(Shown):
                 self._seen = stamp
                 self._draw(finished)
         except (OSError, ValueError) as error:  # a file that is broken, or on its way from another machine
-            self._say(f"{error}", alert=True)
+            self._say(str(error), alert)
             return False
         return finished
 
@@ -118,9 +118,8 @@ class Watch(Shown):
             said += " It may have been stopped: with --resume, or resume=True, it goes on from its last checkpoint."
         return said
 
-    def _say(self, text: str, alert: bool = False) -> None:
-        self.alt = text
-        self.words.value = message(text).value if alert else f'<div role="status">{escape(text)}</div>'
+    def _say(self, text: str, how: Callable[[str], str] = status) -> None:
+        self.alt, self.words.value = text, how(text)
 
 
 def _span(seconds: float) -> str:

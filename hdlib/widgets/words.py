@@ -28,10 +28,15 @@ class Shown(widgets.VBox):
         return bundle | ({"image/png": b64encode(self.png).decode()} if self.png else {})
 
 
-def message(text: str) -> widgets.HTML:
-    """A sentence that stands out, and is read aloud when it appears."""
-    style = "border-left: 4px solid #E69F00; padding: 2px 8px; margin: 2px 0"
-    return widgets.HTML(f'<div role="alert" style="{style}">{escape(text)}</div>')
+def alert(text: str) -> str:
+    """A sentence that stands out, and is read aloud when it appears, as HTML."""
+    style = "border-left: 4px solid #E69F00; padding: 2px 8px; margin: 2px 0; line-height: 1.4"
+    return f'<div role="alert" style="{style}">{escape(text)}</div>'
+
+
+def status(text: str) -> str:
+    """A sentence that is read aloud when there is time for it, as HTML."""
+    return f'<div role="status">{escape(text)}</div>'
 
 
 def table(rows: pd.DataFrame) -> str:
