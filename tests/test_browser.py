@@ -19,6 +19,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+
 from recorded import recorded_run
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for name, steps in LARGE.items():
         recorded_run(folder / name, steps)
-        code = f"import hdlib\n\nhdlib.explore('../{name}')"
+        code = f"import hdlib\n\nhdlib.runs._read_metrics.cache_clear()\nhdlib.explore('../{name}')"
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(part) for part in code.split("\n\n")])
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension"

@@ -82,6 +82,9 @@ def test_teaching_notebooks_run_with_their_defaults(path, tmp_path):
         assert result["encoder_parameters_ratio"] <= 0.15
         assert result["largest_logit_difference_stock"] <= 1e-5
         assert 0 < result["held_out_kl"] < 10 and result["step_time_ratio_after_last_prune"] < 1
+    elif path.stem == "05_explore":
+        assert result["watched_to_the_end"] and result["runs"] == 3 and result["prunes_recorded"] > 5
+        assert result["seconds_of_a_move"] < 0.3 and 0 < result["final_held_out_kl"] < 10
     elif path.stem == "03_narrowing":
         assert result["largest_difference"] <= 1e-5 and result["toy_difference"] <= 1e-6
         assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005

@@ -9,7 +9,6 @@ from time import perf_counter
 
 import numpy as np
 import pytest
-from recorded import recorded_run
 from transformers import pipeline
 
 import hdlib
@@ -19,6 +18,7 @@ from hdlib.plots import COLOURS
 from hdlib.runs import _read_metrics
 
 from conftest import random_bert
+from recorded import recorded_run
 from test_loop import ARGUMENTS
 
 
