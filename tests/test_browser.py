@@ -25,6 +25,7 @@ from recorded import recorded_run
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "runs" / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 LARGE = {"large": 2000, "long": 100_000}  # steps of runs of a BERT-base, 12 layers
 BLUE = (0x00, 0x72, 0xB2)  # of the first curve
 
@@ -40,7 +41,8 @@ def lab(tmp_path_factory):
     for name, steps in LARGE.items():
         recorded_run(folder / name, steps)
         code = f"import hdlib\n\nhdlib.runs._read_metrics.cache_clear()\nhdlib.explore('../{name}')"
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(part) for part in code.split("\n\n")])
+        cells = [nbformat.v4.new_code_cell(part) for part in code.split("\n\n")]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
