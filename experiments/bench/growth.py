@@ -37,7 +37,7 @@ STEPS = 600  # of the run whose memory is followed, the first half of them with 
 
 def measure(setting: Setting) -> pd.DataFrame:
     """Long form: a row for each `x` of each `question`, with `y` and, of times, `lowest` and `highest`."""
-    parts = [_seconds(setting), _corpora(setting), _run(setting)]
+    parts = [_seconds(setting), _corpora(setting), _run()]
     return pd.concat(parts, ignore_index=True).set_index(["question", "x"])
 
 
@@ -107,8 +107,14 @@ def _read(text: Path, cache: Path, setting: Setting) -> dict[str, float]:
     return {"making blocks": made[0], "reading batches": read[0]}
 
 
-def _run(setting: Setting) -> pd.DataFrame:
-    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen."""
+def _run() -> pd.DataFrame:
+    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen; in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        held = fresh.submit(_followed).result()
+    return pd.DataFrame({"question": "along a run", "x": range(len(held)), "y": held})
+
+
+def _followed() -> list[float]:
     teacher, tokenizer = hdlib.load_teacher()
     train, validation = hdlib.load_corpus("embedded", tokenizer, 32)
     config = hdlib.DistillConfig(
@@ -117,7 +123,7 @@ def _run(setting: Setting) -> pd.DataFrame:
     held = []
     with tempfile.TemporaryDirectory() as folder:
         hdlib.distill(teacher, tokenizer, train, validation, config, folder, on_step=lambda record: held.append(_own()))
-    return pd.DataFrame({"question": "along a run", "x": range(len(held)), "y": held})
+    return held
 
 
 @contextmanager
