@@ -17,7 +17,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -41,10 +40,11 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 class Run:
-    """A run folder, opened. Everything is read from files when asked for, nothing is kept alive."""
+    """A run folder, opened. Everything is read from files when asked for; the metrics again when they have grown."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._read: tuple[tuple[int, int] | None, pd.DataFrame] = (None, pd.DataFrame())
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -122,7 +122,10 @@ class Run:
         if not path.exists():
             return pd.DataFrame()
         state = path.stat()
-        return _read_metrics(path, state.st_mtime_ns, state.st_size).copy(deep=False)  # written to, it is copied
+        stamp = (state.st_mtime_ns, state.st_size)
+        if self._read[0] != stamp:  # it has grown, or was never read
+            self._read = (stamp, _read_metrics(path))
+        return self._read[1].copy(deep=False)  # written to, it is copied
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
@@ -248,9 +251,8 @@ class Run:
         return self.folder / name
 
 
-@lru_cache(maxsize=16)
-def _read_metrics(path: Path, modified: int, size: int) -> pd.DataFrame:
-    """A record as a table, read once as long as the file stays the same; Arrow is quick with a long one."""
+def _read_metrics(path: Path) -> pd.DataFrame:
+    """A record as a table; Arrow is quick with a long one."""
     whole = path.read_bytes()
     lines = whole[: whole.rfind(b"\n") + 1]  # the last one may be cut off by a kill, or still being written
     if not lines:

@@ -59,6 +59,6 @@ def test_nothing_stays_behind_along_a_run_or_grows_with_the_text(monkeypatch):
     found = growth.measure(TINY)
     assert [axes.has_data() for axes in growth.plot(found).axes] == [True, True, True]
     table = found["y"]
-    along = table.loc["along a run"]
+    along = table.loc["along a run, float32"]
     assert along.iloc[90:].mean() - along.iloc[40:70].mean() < 20
     assert table["reading batches", 4] - table["reading batches", 1] < 40

@@ -40,7 +40,7 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for name, steps in LARGE.items():
         recorded_run(folder / name, steps)
-        code = f"import hdlib\n\nhdlib.runs._read_metrics.cache_clear()\nhdlib.explore('../{name}')"
+        code = f"import hdlib\n\nhdlib.explore('../{name}')"
         cells = [nbformat.v4.new_code_cell(part) for part in code.split("\n\n")]
         notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import hdlib
 from hdlib.data import Masking, TrainingBatches
 from hdlib.documentation import gather
-from hdlib.plots import COLOURS, MARKERS
+from hdlib.plots import COLOURS, MARKERS, STYLES
 
 from .turns import in_turns
 from .work import Setting, Work
@@ -32,6 +32,7 @@ BATCHES = (1, 2, 4, 8, 16)  # sequences a step
 LENGTHS = (32, 64, 128, 256, 512)  # tokens a sequence
 MEGABYTES = (1, 10, 100, 1000, 2000)  # of text
 READ = 200  # batches read of each text
+ALONG, PRECISIONS = "along a run", ("float32", "bfloat16")
 STEPS = 600  # of the run whose memory is followed, the first half of them with prunes
 
 
@@ -108,17 +109,19 @@ def _read(text: Path, cache: Path, setting: Setting) -> dict[str, float]:
 
 
 def _run() -> pd.DataFrame:
-    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen; in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        held = fresh.submit(_followed).result()
-    return pd.DataFrame({"question": "along a run", "x": range(len(held)), "y": held})
+    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen; in fresh processes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
+        runs = {precision: fresh.submit(_followed, STEPS, precision).result() for precision in PRECISIONS}
+    parts = [pd.DataFrame({"question": f"{ALONG}, {name}", "x": range(len(y)), "y": y}) for name, y in runs.items()]
+    return pd.concat(parts)
 
 
-def _followed() -> list[float]:
+def _followed(steps: int, precision: str) -> list[float]:
     teacher, tokenizer = hdlib.load_teacher()
     train, validation = hdlib.load_corpus("embedded", tokenizer, 32)
+    narrowing = {"target": 0.3, "prune_every": 1, "prune_end": 0.5}
     config = hdlib.DistillConfig(
-        steps=STEPS, batch_size=8, target=0.3, prune_every=1, prune_end=0.5, checkpoint_every=STEPS, eval_every=STEPS
+        steps=steps, batch_size=8, checkpoint_every=steps, eval_every=steps, precision=precision, **narrowing
     )
     held = []
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +158,7 @@ def plot(table: pd.DataFrame) -> Figure:
     figure, (times, texts, run) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     colours = list(COLOURS.values())
     questions = {question: part.droplevel(0) for question, part in table.groupby(level=0, sort=False)}
-    along = questions.pop("along a run")["y"]
+    along = {name: questions.pop(f"{ALONG}, {name}")["y"] for name in PRECISIONS}
     memory = {name: questions.pop(name)["y"] for name in ("making blocks", "reading batches")}
     for number, (question, part) in enumerate(questions.items()):
         spread = [part["y"] - part["lowest"], part["highest"] - part["y"]]
@@ -168,11 +171,12 @@ def plot(table: pd.DataFrame) -> Figure:
     for number, (name, held) in enumerate(memory.items()):
         texts.plot(held.index, held, color=colours[number], marker=MARKERS[number], label=name)
     texts.set(xscale="log", xlabel="megabytes of text", ylabel="megabytes held at most", title="memory, by corpus")
-    run.plot(along.index, along, color=colours[0])
+    for number, (name, held) in enumerate(along.items()):
+        run.plot(held.index, held, color=colours[number], linestyle=STYLES[number], label=name)
     run.set(xlabel="step", ylabel="megabytes held", title="memory, along a run")
     for axes in (texts, run):
         axes.set_ylim(bottom=0)
-    for axes in (times, texts):
+    for axes in (times, texts, run):
         axes.legend(frameon=False)
     return figure
 

@@ -60,7 +60,7 @@ class Explorer(Shown):
     """What `explore` returns for a run folder. A move of the slider draws again only what moves."""
 
     def __init__(self, run: Run, teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None):
-        self.run, self._given = run, teacher
+        self.run = run
         self.drawn = RunFigure(run)
         for artist in self.drawn.moving:
             artist.set_animated(True)
