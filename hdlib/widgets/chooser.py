@@ -33,7 +33,7 @@ from .watch import watch
 from .words import Shown, alert, status
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb"
-FRACTION, SHAPE = "a fraction of every width", "a shape"
+FRACTION, SHAPE = "a fraction", "a shape"
 GROUPS = {  # what is chosen first, under its heading: places, and fields of DistillConfig
     "Places": ("teacher", "corpus", "length", "run_dir"),
     "Shape": ("target", "multiple_of", "initial"),
@@ -323,7 +323,7 @@ def _width(name: str) -> widgets.BoundedIntText:
 
 
 def _look() -> dict:
-    return {"style": {"description_width": "9em"}, "layout": {"width": "22em"}}
+    return {"style": {"description_width": "8em"}, "layout": {"width": "19em"}}
 
 
 def _group(heading: str, controls: list[widgets.Widget]) -> widgets.VBox:
