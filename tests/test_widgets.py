@@ -257,6 +257,23 @@ def test_what_was_not_recorded_is_said(runs, broken):
     assert "broken" in compared.said.value and list(compared.arms) == ["slow"]
     compared.along.value = "step"
     assert compared.said.value == "" and len(compared.arms) == 2
+    shutil.copytree(broken, broken.parent / "slow-seed-9")
+    arguments = json.loads((runs["slow-seed-1"].folder / "run.json").read_text())
+    (broken.parent / "slow-seed-9" / "run.json").write_text(json.dumps(arguments))
+    compared = hdlib.compare(runs["slow-seed-1"], broken.parent / "slow-seed-9")
+    compared.along.value = "parameters"
+    assert list(compared.arms["slow"]) == ["slow-seed-1"], "the other seed is still there"
+
+
+def test_no_run_is_lost_where_names_are_alike(runs, tmp_path):
+    """Two settings under one name but for the seed, and one folder name twice."""
+    alike = [tmp_path / "here" / "slow-seed-3", tmp_path / "there" / "slow-seed-3"]
+    for folder in alike:
+        shutil.copytree(runs["fast"].folder, folder)
+    compared = hdlib.compare(runs["slow-seed-1"], runs["slow-seed-2"], alike[0])
+    assert [list(each) for each in compared.arms.values()] == [["slow-seed-1", "slow-seed-2"], ["slow-seed-3"]]
+    compared = hdlib.compare(*alike)
+    assert list(compared.runs) == [str(folder) for folder in alike] and len(compared.arms) == 1
 
 
 def test_nothing_to_compare():

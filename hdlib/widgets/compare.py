@@ -94,7 +94,8 @@ class Comparison(Shown):
         measure, along = self.measure.value, self.along.value
         arms = arms_of(self.runs) if self.seeds.value else {name: {name: run} for name, run in self.runs.items()}
         able = {name: run for name, run in self.runs.items() if {measure, along} - {"step"} <= {*run.metrics}}
-        self.arms = {arm: each for arm, each in arms.items() if each.keys() <= able.keys()}
+        left = {arm: {name: run for name, run in each.items() if name in able} for arm, each in arms.items()}
+        self.arms = {arm: each for arm, each in left.items() if each}
         lacking = ", ".join(name for name in self.runs if name not in able)
         self.said.value = alert(f"Not recorded in: {lacking}") if lacking else ""
         figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
@@ -146,7 +147,8 @@ def arms_of(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     for name, run in runs.items():
         same = next((arm for arm in arms.values() if _setting(next(iter(arm.values()))) == _setting(run)), None)
         if same is None:
-            same = arms[re.sub(r"-seed-\d+$", "", name)] = {}
+            short = re.sub(r"-seed-\d+$", "", name)
+            same = arms[name if short in arms else short] = {}
         same[name] = run
     return arms
 
