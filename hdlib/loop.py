@@ -23,7 +23,7 @@ from .masking import applied
 from .models import forward, recording
 from .narrowing import narrow
 from .neurons import RECORDED, Prune
-from .precision import autocast, bfloat16_gain, cast_once, chosen
+from .precision import autocast, bfloat16_gain, cast_once, casting_again, chosen
 from .runs import Run
 from .training import Training
 from .widths import Widths, family
@@ -105,7 +105,7 @@ def _homotopy(accelerator: Accelerator, training: Training, batches: DataLoader,
     report.precision(precision, accelerator.device)
     if training.step == 0:
         report.baseline(training.widths, training.discrepancy())
-    with recording(frozen, student), StopRequest(accelerator) as stop:
+    with recording(frozen, student), casting_again(student), StopRequest(accelerator) as stop:
         for step, batch in enumerate(batches, training.step + 1):
             training.start_clock()
             computed = {}

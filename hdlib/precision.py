@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from time import perf_counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -57,6 +57,49 @@ def cast_once(model: PreTrainedModel, precision: str) -> PreTrainedModel:
         if isinstance(module, nn.Linear | Conv1D):
             module.weight = nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
     return cast
+
+
+@contextmanager
+def casting_again(model: PreTrainedModel):
+    """Under `autocast`, let linear layers cast their weights once more on the way back instead of keeping the copies.
+
+    The same numbers, but that a layer that runs several times adds up its gradients in float32. The copies are half
+    as large as the model, and all of them would be there when most is held.
+    """
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]  # nobody's own variants
+    for layer in layers:
+        layer.forward = partial(_linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: nn.Linear | Conv1D, states: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(states.device.type):
+        return type(layer).forward(layer, states)
+    weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight  # GPT-2's are (in, out)
+    return _CastAgain.apply(states, weight, layer.bias)
+
+
+class _CastAgain(torch.autograd.Function):
+    """A linear layer in bfloat16, of which states and weights are kept as they came."""
+
+    @staticmethod
+    def forward(context, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(states, weight)
+        halves = (None if each is None else each.to(torch.bfloat16) for each in (states, weight, bias))
+        return nn.functional.linear(*halves)
+
+    @staticmethod
+    def backward(context, above: Tensor):
+        states, weight = context.saved_tensors
+        rows = above.flatten(0, -2)
+        to_states = (above @ weight.to(torch.bfloat16)).to(states.dtype)
+        to_weight = (rows.mT @ states.flatten(0, -2).to(torch.bfloat16)).to(weight.dtype)
+        to_bias = rows.sum(0).to(weight.dtype) if context.needs_input_grad[2] else None
+        return to_states, to_weight, to_bias
 
 
 def _wait(device: torch.device) -> None:

@@ -42,8 +42,10 @@ def test_the_naive_step_is_the_same_loss():
 
 def test_students_promise_what_their_operations_say():
     found = student.measure(TINY)
-    assert found.loc[(1.0, 1), "times fewer operations"] == 1.0 < found.loc[(0.29, 1), "times fewer operations"]
-    assert found.loc[(0.5, 16), "widths"] == "48/48", "both divisible by 16, and hidden by 12 heads"
+    fewer = found["times fewer operations"]
+    assert fewer[1.0, "teacher"] == 1.0 < fewer[0.29, "nearest"]
+    assert found.loc[(0.5, "multiples of 16"), "widths"] == "48/48, 12 x 4", "divisible by 16, and hidden by 12 heads"
+    assert found.loc[(0.5, "whole heads"), "widths"] == "24/48, 6 x 4"
     assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth"]
 
 

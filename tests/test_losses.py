@@ -58,13 +58,13 @@ def test_chunked_terms_and_their_gradients_are_those_of_automatic_differentiatio
 
 @pytest.mark.parametrize("piece", [1, 2 * 3 * 25, 2**19])
 @pytest.mark.parametrize("masked", ["nothing", "the future", "padding"])
-def test_score_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, masked, monkeypatch):
+@pytest.mark.parametrize("width", [2, 4], ids=["a narrower student", "a student as wide"])
+def test_score_differences_and_their_gradients_are_those_of_automatic_differentiation(
+    piece, masked, width, monkeypatch
+):
     monkeypatch.setitem(fused.PIECE, "cpu", piece)
-    widths = {"nothing": (4, 4), "the future": (2, 4), "padding": (3, 3)}[
-        masked
-    ]  # of a student's head, and a teacher's
     ours, theirs = (
-        [torch.randn(4, 5, 3, width, dtype=torch.float64).transpose(1, 2) for _ in range(2)] for width in widths
+        [torch.randn(4, 5, 3, size, dtype=torch.float64).transpose(1, 2) for _ in range(2)] for size in (width, 4)
     )
     real = torch.tensor([5, 4, 5, 2])[:, None] > torch.arange(5)
     pairs = {
@@ -81,6 +81,17 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
     for one, other in zip(*copies, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
     assert fused.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
+
+
+@pytest.mark.parametrize(("width", "kept"), [(32, "gradients"), (64, "queries and keys")])
+def test_scores_keep_the_smaller_for_the_way_back(width, kept):
+    """A narrower student's two gradients, and nothing of the teacher's; as wide, what is there anyway."""
+    ours, theirs = ([torch.randn(4, 6, 64, size) for _ in range(2)] for size in (width, 64))
+    found = fused.ScoreDifference.apply(*(each.requires_grad_() for each in ours), *theirs, 1.0, 1.0, None)
+    saved = [each for each in found.grad_fn.saved_tensors if each is not None]
+    there = {each.data_ptr() for each in ours + theirs}
+    assert [each.shape[-1] for each in saved] == ([width] * 2 if kept == "gradients" else [64] * 4)
+    assert {each.data_ptr() in there for each in saved} == {kept == "queries and keys"}
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():

@@ -1,14 +1,19 @@
 """Which precision a run takes when it is left to the machine, and that a run stays with it."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import hdlib
-from hdlib import DistillConfig, precision
+from hdlib import DistillConfig, losses, precision
+from hdlib.cost import peak_memory
+from hdlib.models import forward
 
 from conftest import random_batch
+from invariants import loss_for
 from models import KINDS, random_model
 from test_loop import ARGUMENTS
 
@@ -48,6 +53,58 @@ def test_a_teacher_that_was_cast_once_says_the_same(kind):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
     assert precision.cast_once(model, "float32") is model
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
+def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_pieces, monkeypatch):
+    """To the last bit what autocast computes, forwards and back; the model's layers are the stock ones afterwards.
+
+    In pieces the head runs many times, and again on the way back; autocast adds up its gradients in bfloat16.
+    """
+    if in_pieces:
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
+    input_ids, labels = random_batch()
+    models = {again: random_model(kind).eval() for again in (False, True)}
+    teacher = random_model(kind, seed=1).eval()
+    for again, model in models.items():
+        loss = loss_for(teacher)
+        read = {"input_ids": input_ids, "positions": loss.looked_at(labels), "in_pieces": True}
+        with precision.casting_again(model) if again else nullcontext():
+            with precision.autocast("bfloat16", model.device):
+                with torch.no_grad():
+                    theirs = forward(teacher, **read)
+                terms = loss(forward(model, **read), theirs, labels)
+            terms.total.backward()
+    for (name, one), other in zip(models[True].named_parameters(), models[False].parameters(), strict=True):
+        error = (one.grad - other.grad).norm() / other.grad.norm()
+        assert error <= (0.01 if in_pieces else 0.0), name
+    layers = [module for module in models[True].modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    assert layers and all("forward" not in vars(layer) for layer in layers)
+
+
+def test_casting_again_leaves_float32_alone():
+    model, (input_ids, _) = random_model("bert").eval(), random_batch()
+    expected = model(input_ids).logits
+    with precision.casting_again(model):
+        assert torch.equal(model(input_ids).logits, expected)
+
+
+def test_no_copy_of_a_weight_is_kept_for_the_way_back():
+    """Sixteen layers of which one copy exists at a time, and on the way back one gradient in bfloat16 besides."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
+    states = torch.randn(4, 512)
+
+    def forward():
+        with precision.autocast("bfloat16", states.device):
+            return layers(states).sum()
+
+    kept = {}
+    for again in (False, True):
+        with precision.casting_again(layers) if again else nullcontext():
+            kept[again] = peak_memory(forward)
+    copies = sum(layer.weight.numel() for layer in layers) * 2
+    assert kept[False] >= copies > 4 * kept[True]
 
 
 def test_a_run_says_what_it_took_and_stays_with_it(teacher, tokenizer, blocks, tmp_path, monkeypatch, capsys):

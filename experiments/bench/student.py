@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 import torch
+from transformers import BertConfig
 
 import hdlib
 from hdlib.cost import flops
@@ -15,28 +17,31 @@ from .turns import in_turns
 from .work import Setting, Work
 
 RATIOS = (0.66, 0.5, 0.33, 0.29)
-MULTIPLES = (1, 16)  # the nearest widths, and the nearest that suit the processor
+SHAPES = {  # of a kept fraction: every head narrower, the same in what suits the processor, or fewer heads as they are
+    "nearest": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio),
+    "multiples of 16": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio, 16),
+    "whole heads": lambda teacher, ratio: _whole_heads(hdlib.Widths.of(teacher), ratio),
+}
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each kept fraction: forwards of the layers, in turns; batch and length are the setting's."""
+    """A row for each kept fraction and shape: forwards of the layers, in turns; batch and length are the setting's."""
     teacher = setting.teacher()
-    models = {(1.0, 1): teacher.base_model}
+    models = {(1.0, "teacher"): teacher.base_model}
     for ratio in RATIOS:
-        for multiple_of in MULTIPLES:
+        for shape, widths in SHAPES.items():
             student = student_of(teacher)
-            hdlib.narrow(student, hdlib.Widths.at(teacher, ratio, multiple_of))
-            models[ratio, multiple_of] = student.base_model
+            hdlib.narrow(student, widths(teacher, ratio))
+            models[ratio, shape] = student.base_model
     ids = Work(setting).input_ids
     calls = {shape: partial(_forward, model, ids, setting) for shape, model in models.items()}
     seconds = in_turns(calls, setting.turns, setting.device)
-    faster = seconds[[(1.0, 1)]].to_numpy() / seconds
+    faster = seconds[[(1.0, "teacher")]].to_numpy() / seconds
     counted = {shape: flops(model.config, setting.length) for shape, model in models.items()}
-    fewer = {shape: counted[1.0, 1] / operations for shape, operations in counted.items()}
-    widths = {shape: f"{model.config.hidden_size}/{model.config.intermediate_size}" for shape, model in models.items()}
+    fewer = {shape: counted[1.0, "teacher"] / operations for shape, operations in counted.items()}
     table = pd.DataFrame(
         {
-            "widths": widths,
+            "widths": {shape: _named(model.config) for shape, model in models.items()},
             "seconds": seconds.median(),
             "times fewer operations": fewer,
             "times faster": faster.median(),
@@ -45,7 +50,17 @@ def measure(setting: Setting) -> pd.DataFrame:
     table["of the promise"] = table["times faster"] / table["times fewer operations"]
     table["lowest"] = faster.min() / table["times fewer operations"]
     table["highest"] = faster.max() / table["times fewer operations"]
-    return table.rename_axis(["kept", "multiple of"])
+    return table.rename_axis(["kept", "shape"])
+
+
+def _whole_heads(wide: hdlib.Widths, ratio: float) -> hdlib.Widths:
+    heads = max(1, round(ratio * wide.heads))
+    return replace(wide, hidden=heads * wide.head_dim, ffn=round(ratio * wide.ffn), heads=heads)
+
+
+def _named(config: BertConfig) -> str:
+    heads = config.num_attention_heads
+    return f"{config.hidden_size}/{config.intermediate_size}, {heads} x {config.hidden_size // heads}"
 
 
 def _forward(model, input_ids, setting: Setting) -> None:

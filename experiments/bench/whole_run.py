@@ -20,7 +20,7 @@ from hdlib.projection import wordless_tokenizer
 
 from .work import Setting
 
-STEPS = 40
+STEPS = 100  # of which every tenth prunes, as in any run by default
 TARGET = 0.29
 
 
@@ -47,7 +47,6 @@ def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callab
         batch_size=setting.batch_size,
         target=TARGET,
         masked=masked,
-        prune_every=4,  # of a run's default 1,000 steps every tenth prunes
         precision=setting.precision,
         eval_every=STEPS,
         eval_blocks=1,

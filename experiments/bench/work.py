@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 import hdlib
 from hdlib.losses import IGNORED, TERMS, DistillationLoss, LossTerms
 from hdlib.models import base_model, forward, head, recording, student_of
-from hdlib.precision import autocast, cast_once
+from hdlib.precision import autocast, cast_once, casting_again
 
 SHAPES = {
     "base": {},  # BERT-base: 12 layers of 768 / 3072, 12 heads
@@ -121,8 +122,11 @@ class Work:
             total = ours.loss + prediction + sum(states) + sum(attention)
         total.backward()
 
+    @contextmanager
     def recording(self):
-        return recording(self.teacher, self.student)
+        """The two models as the loop has them."""
+        with recording(self.teacher, self.student), casting_again(self.student):
+            yield
 
     def eager(self) -> None:
         for model in (self.teacher, self.student):
