@@ -49,6 +49,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after one of the above: corpus.txt.zst
 HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are not trained on
 HELD_OUT = 50  # without such a file, one document in so many is
+DRAWN_TOGETHER = 1_000_000  # documents it is drawn from at a time, 47 bytes of memory for each
 SHORTEST = 8  # tokens a block
 RECIPE = 2  # raise it when blocks are made in another way, so that no old cache is taken for the new
 TOGETHER = 1000  # documents that are made into blocks together; what is left of them at the end is dropped
@@ -103,9 +104,9 @@ def load_corpus(
             f"length is from {SHORTEST} to the {tokenizer.model_max_length} positions of the teacher; got {length}"
         )
     causal = tokenizer.mask_token_id is None if causal is None else causal
-    documents = load_documents(name_or_path, text_column, subset, streaming)
+    documents = {split: [part] for split, part in load_documents(name_or_path, text_column, subset, streaming).items()}
     if "validation" not in documents:
-        documents = _hold_out(documents["train"], seed)
+        documents = _hold_out(*documents["train"], seed)
     blocks = {split: _pack(part, tokenizer, length, text_column, causal) for split, part in documents.items()}
     if "validation" not in blocks:  # a few long documents: the end of the last one
         count = max(0, len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT))
@@ -356,7 +357,7 @@ def _digest(*parts) -> str:
 
 
 def _pack(
-    documents: Dataset | IterableDataset,
+    documents: list[Dataset] | list[IterableDataset],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     text_column: str,
@@ -390,7 +391,7 @@ def _pack(
 
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_blocks"
     cache.mkdir(parents=True, exist_ok=True)
-    made, count = [], None if isinstance(documents, IterableDataset) else len(documents)
+    made, count = [], None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
     bar = tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2)
     with bar, _without_bars():
         for identity, part in _parts(documents, text_column):
@@ -412,15 +413,16 @@ def _pack(
     return concatenate_datasets(made)
 
 
-def _parts(documents: Dataset | IterableDataset, text_column: str) -> Iterator[tuple[tuple, Dataset]]:
+def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -> Iterator[tuple[tuple, Dataset]]:
     """Documents a part at a time, each with what tells it from any other."""
-    if isinstance(documents, IterableDataset):
-        for batch in documents.iter(PART_OF_STREAM):
-            yield ("stream", _digest(batch[text_column])), Dataset.from_dict({text_column: batch[text_column]})
-        return
-    for start in range(0, len(documents), PART):
-        part = documents.select(range(start, min(start + PART, len(documents))))
-        yield (documents._fingerprint, start), part
+    for several in documents:
+        if isinstance(several, IterableDataset):
+            for batch in several.iter(PART_OF_STREAM):
+                yield ("stream", _digest(batch[text_column])), Dataset.from_dict({text_column: batch[text_column]})
+            continue
+        for start in range(0, len(several), PART):
+            part = several.select(range(start, min(start + PART, len(several))))
+            yield (several._fingerprint, start), part
 
 
 @contextmanager
@@ -435,14 +437,18 @@ def _without_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, Dataset | IterableDataset]:
+def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, list]:
     """One document in fifty; of a stream, which nobody can pick from, the first ones; of a few none."""
     if isinstance(documents, IterableDataset):
-        return {"train": documents.skip(FIRST_OF_STREAM), "validation": documents.take(FIRST_OF_STREAM)}
+        return {"train": [documents.skip(FIRST_OF_STREAM)], "validation": [documents.take(FIRST_OF_STREAM)]}
     if len(documents) < HELD_OUT:
-        return {"train": documents}
-    parts = documents.train_test_split(1 / HELD_OUT, seed=seed)
-    return {"train": parts["train"], "validation": parts["test"]}
+        return {"train": [documents]}
+    draws = -(-len(documents) // DRAWN_TOGETHER)
+    parts = [
+        documents.shard(draws, number, contiguous=False).train_test_split(1 / HELD_OUT, seed=seed + number)
+        for number in range(draws)  # each draws from the whole corpus: a few of them are as good as all
+    ]
+    return {"train": [part["train"] for part in parts], "validation": [part["test"] for part in parts]}
 
 
 def labelled_once(input_ids: Tensor, task: Masking | NextToken, seed: int) -> Dataset:

@@ -114,6 +114,29 @@ def test_blocks_are_made_once_for_all_that_ask(tmp_path, tokenizer, small_parts,
     assert list(one) == list(two) and len(counted.seen) == len(set(counted.seen)) == 120
 
 
+def test_a_huge_corpus_is_drawn_from_in_shares_that_reach_all_of_it(tmp_path, tokenizer, monkeypatch):
+    """Nothing lost, nothing twice, one in fifty held out, and of every share from its first to its last document."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{number} and some words"}) + "\n" for number in range(1030)))
+    documents = hdlib.data.load_documents(path)["train"]
+    at_once, whole = (
+        hdlib.data._hold_out(documents, seed=3),
+        documents.train_test_split(1 / hdlib.data.HELD_OUT, seed=3),
+    )
+    assert [part["text"][:] for part in at_once["train"]] == [whole["train"]["text"][:]]
+    train, _ = hdlib.load_corpus(path, tokenizer, 16)
+    monkeypatch.setattr(hdlib.data, "DRAWN_TOGETHER", 300)
+    parts = hdlib.data._hold_out(documents, seed=3)
+    numbers = {split: [[int(text.split()[0]) for text in part["text"]] for part in parts[split]] for split in parts}
+    assert [len(part) for part in numbers["validation"]] == [6, 6, 6, 6]
+    shares = [chosen + held_out for chosen, held_out in zip(*numbers.values(), strict=True)]
+    assert sorted(chain(*shares)) == list(range(1030))
+    assert all(max(share) - min(share) > 1020 for share in shares)
+    places = [[number // 4 for number in part] for part in numbers["validation"]]
+    assert places[0] != places[1], "every share is drawn from anew"
+    assert abs(len(hdlib.load_corpus(path, tokenizer, 16)[0]) - len(train)) <= 4
+
+
 def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_parts, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
