@@ -25,7 +25,7 @@ class Divergence(torch.autograd.Function):
     def forward(context, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
         total = 0.0
-        for rows in _pieces(student, student.shape[1]):
+        for rows in pieces(student, student.shape[1]):
             log_student = F.log_softmax(precise(student[rows]) / temperature, -1)
             log_teacher = F.log_softmax(precise(teacher[rows]) / temperature, -1)
             shares = log_teacher.exp()
@@ -49,7 +49,7 @@ class CrossEntropy(torch.autograd.Function):
         count = labelled.sum()
         gradient = torch.empty_like(logits) if context.needs_input_grad[0] else None
         total = 0.0
-        for rows in _pieces(logits, logits.shape[1]):
+        for rows in pieces(logits, logits.shape[1]):
             log_shares = F.log_softmax(precise(logits[rows]), -1)
             column = labels[rows].clamp(min=0)[:, None]
             total = total - log_shares.gather(1, column).mul_(labelled[rows, None]).sum()
@@ -72,7 +72,7 @@ class StateDifference(torch.autograd.Function):
     def forward(context, student: Tensor, teacher: Tensor) -> Tensor:
         gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
         total = 0.0
-        for rows in _pieces(student, student[0].numel()):
+        for rows in pieces(student, student[0].numel()):
             difference = precise(student[rows]) - precise(teacher[rows])
             total = total + difference.square().sum()
             if gradient is not None:
@@ -145,7 +145,7 @@ def _score_difference(
     if differentiated:
         gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key)]
     with torch.autocast(query.device.type, enabled=False):  # near-equal products are subtracted
-        for here in _pieces(query, query.shape[1] * query.shape[2] ** 2):
+        for here in pieces(query, query.shape[1] * query.shape[2] ** 2):
             ours, our_key, theirs, their = (precise(each[here]) for each in (query, key, their_query, their_key))
             difference = (ours * scaling @ our_key.mT).sub_(theirs * their_scaling @ their.mT)  # (., H, S, S)
             if pairs is not None:
@@ -162,7 +162,7 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _pieces(tensor: Tensor, elements: int) -> Iterator[slice]:
-    """Slices of the first dimension, each entry of which stands for so many elements."""
+def pieces(tensor: Tensor, elements: int) -> Iterator[slice]:
+    """Slices of a tensor's first dimension, each entry of which stands for so many elements."""
     size = max(1, PIECE.get(tensor.device.type, PIECE_ELSEWHERE) // elements)
     return (slice(start, start + size) for start in range(0, len(tensor), size))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .fused import pieces
 from .narrowing import take
 from .widths import Axis, axes_of, narrowed_axis
 
@@ -32,7 +33,8 @@ class Scorer:
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Take in the weights and gradients of this step: average <- beta average + (1 - beta) new."""
-        for name, new in _neuron_sums(axes_of(model), self._elements(model)).items():
+        axes = axes_of(model)
+        for name, new in _neuron_sums(axes, self._elements(model, axes)).items():
             past = self._averages.get(name)
             self._averages[name] = new if past is None else torch.lerp(new, past, self.smoothing)
 
@@ -52,10 +54,19 @@ class Scorer:
     def load_state_dict(self, state: dict) -> None:
         self._averages = dict(state["averages"])
 
-    def _elements(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and element scores; a gradient that is None (unused in this batch) is 0."""
-        for name, parameter in model.named_parameters():
-            yield name, self.element(parameter, 0.0 if parameter.grad is None else parameter.grad)
+    def _elements(self, model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]]) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and element scores; where its rows are no neurons, as in embeddings, some at a time."""
+        for name, parameter, gradient in _with_gradients(model):
+            rows_at_once = pieces(parameter, parameter[0].numel()) if axes[name][0] is None else [slice(None)]
+            for rows in rows_at_once:
+                yield name, self.element(parameter[rows], gradient[rows])
+
+
+def _with_gradients(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, parameter and gradient; one that is None (unused in this batch) is 0."""
+    for name, parameter in model.named_parameters():
+        none = parameter.grad is None
+        yield name, parameter, parameter.new_zeros(()).expand_as(parameter) if none else parameter.grad
 
 
 def _neuron_sums(axes: dict[str, tuple[Axis, ...]], elements: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -127,7 +138,8 @@ class Platon(Scorer):
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         self._axes = axes_of(model)
-        for name, now in self._elements(model):
+        for name, parameter, gradient in _with_gradients(model):
+            now = self.element(parameter, gradient)
             smoothed = self._smoothed.setdefault(name, torch.zeros_like(now))
             uncertain = self._uncertain.setdefault(name, torch.zeros_like(now))
             smoothed.lerp_(now, 1 - self.smoothing)

@@ -1,9 +1,11 @@
 """Every table of the benchmarks on a tiny model: that they run, and that what they compare is what they say."""
 
+from shutil import which
+
 import pytest
 import torch
 
-from experiments.bench import growth, memory, step, student, whole_run
+from experiments.bench import compiled, growth, memory, step, student, whole_run
 from experiments.bench.__main__ import QUESTIONS
 from experiments.bench.work import Setting, Work
 
@@ -46,7 +48,18 @@ def test_students_promise_what_their_operations_say():
     assert fewer[1.0, "teacher"] == 1.0 < fewer[0.29, "nearest"]
     assert found.loc[(0.5, "multiples of 16"), "widths"] == "48/48, 12 x 4", "divisible by 16, and hidden by 12 heads"
     assert found.loc[(0.5, "whole heads"), "widths"] == "24/48, 6 x 4"
-    assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth"]
+    assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth", "compile"]
+
+
+@pytest.mark.skipif(not which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiling_pays_after_what_it_saves(monkeypatch):
+    monkeypatch.setattr(compiled, "RATIOS", (0.5,))
+    row = compiled.measure(TINY).loc[0.5]
+    assert row["first"] > row["compiled"] > 0, "the first call compiles"
+    saved = row["eager"] - row["compiled"]
+    assert row["steps until it pays"] == pytest.approx(row["first"] / saved if saved > 0 else float("inf"))
+    # From t_i = 50 to t_f = 700 every tenth step may prune: 65 times; the last shapes of so small a model are alike.
+    assert 20 <= row["shapes"] <= 65
 
 
 def test_a_step_holds_half_of_the_naive_one():

@@ -1,4 +1,4 @@
-"""What a step costs, one table a question: `python -m experiments.bench [run step memory prune peers student growth]`.
+"""What a step costs, one table a question: `python -m experiments.bench [QUESTION ...]`.
 
 Whatever a table compares takes turns in one run, and a ratio is the median over the turns: only ratios mean anything
 on a shared machine. Models are random, in a real shape, since a cost depends on shapes alone.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import growth, memory, peers, prune, step, student, whole_run
+from . import compiled, growth, memory, peers, prune, step, student, whole_run
 from .work import SHAPES, Setting
 
 QUESTIONS = {
@@ -23,6 +23,7 @@ QUESTIONS = {
     "peers": peers,
     "student": student,
     "growth": growth,
+    "compile": compiled,
 }
 FIGURES = {"growth": growth.plot}
 
