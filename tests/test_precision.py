@@ -91,7 +91,7 @@ def test_casting_again_leaves_float32_alone():
 
 
 def test_no_copy_of_a_weight_is_kept_for_the_way_back():
-    """Sixteen layers of which one copy exists at a time, and on the way back one gradient in bfloat16 besides."""
+    """Sixteen layers, of whose copies one exists at a time; autocast holds all of them after the forward."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
     states = torch.randn(4, 512)
 
