@@ -17,7 +17,7 @@ import yaml
 
 from . import report
 from .runner import Runner, alone_in
-from .study import Cell, Mistake, Scale, Study, cells, names, only, parameters
+from .study import Cell, ConfigError, Scale, Study, cells, names, only, parameters
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             print(_overview())
             return
         if arguments.jobs < 1:
-            raise Mistake(f"--jobs is at least 1; got {arguments.jobs}")
+            raise ConfigError(f"--jobs is at least 1; got {arguments.jobs}")
         study, scale = Study.load(arguments.study), Scale.load(arguments.scale)
         folder = Path(arguments.runs) / study.name / scale.name
         if arguments.estimate:
@@ -39,7 +39,7 @@ def main() -> None:
         wanted = only(every, arguments.only) if arguments.only else every
         with alone_in(folder):
             failed = _run(study, scale, Runner(study, folder, scale.minutes, arguments.jobs), values, every, wanted)
-    except Mistake as mistake:
+    except ConfigError as mistake:
         sys.exit(f"{mistake}")
     except KeyboardInterrupt:
         sys.exit("\nstopped: cells that were done stay, the others go on where they were at the next start")
@@ -86,7 +86,7 @@ def _overrides(pairs: list[str]) -> dict:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise Mistake(f"--set takes NAME=VALUE; got {pair!r}")
+            raise ConfigError(f"--set takes NAME=VALUE; got {pair!r}")
         value = yaml.safe_load(text)
         is_path = name in ("teacher", "corpus", "tables") and isinstance(value, str) and Path(value).exists()
         values[name] = str(Path(value).resolve()) if is_path else value

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig
 
 from hdlib.__main__ import read
+from hdlib.lab.projection import device, project
 from hdlib.models import language_model_class, shape_of
-from hdlib.projection import device, project
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
 import hdlib
-from hdlib.data import NextToken, TrainingBatches, load_documents
+from hdlib.corpus import load_documents
+from hdlib.data import NextToken, TrainingBatches
 
 LENGTH, VOCABULARY, BATCH = 128, 4096, 16
 END = "<|endoftext|>"

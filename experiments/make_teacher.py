@@ -33,7 +33,8 @@ from transformers import (
 )
 
 import hdlib
-from hdlib.data import Masking, TrainingBatches, load_documents
+from hdlib.corpus import load_documents
+from hdlib.data import Masking, TrainingBatches
 from hdlib.losses import mlm_loss
 from hdlib.models import forward
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import hdlib
 
-from .study import Mistake, Scale, Study, parameters
+from .study import ConfigError, Scale, Study, parameters
 
 MASKED = hdlib.DistillConfig.mask_probability  # by default: share of the positions at which the head runs
 
@@ -60,7 +60,7 @@ def estimate(study: Study, measured: Path, scale: Scale) -> str:
     """
     runs = [hdlib.Run.load(file.parent) for file in sorted((measured / "runs").rglob("run.json"))]
     if not runs:
-        raise Mistake(f"{measured} holds no finished runs to measure a step of: run a smaller scale first")
+        raise ConfigError(f"{measured} holds no finished runs to measure a step of: run a smaller scale first")
     share = mean(_share_of_teacher(run) for run in runs)
     work = sum(_work(_teacher_config(run), share, **_size(run)) for run in runs)
     seconds = sum(run.metrics["seconds"].sum() for run in runs)
@@ -78,7 +78,7 @@ def estimate(study: Study, measured: Path, scale: Scale) -> str:
 def _work(config, share: float, steps: int, batch_size: int, length: int) -> float:
     """Floating-point operations of a run."""
     head = 2 * MASKED * length * config.hidden_size * (config.hidden_size + config.vocab_size)
-    forward = hdlib.cost.flops(config, length) + head
+    forward = hdlib.lab.cost.flops(config, length) + head
     return steps * batch_size * forward * (1 + 3 * share)
 
 

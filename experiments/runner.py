@@ -27,7 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .study import NOTEBOOKS, Cell, Mistake, Study
+from .study import NOTEBOOKS, Cell, ConfigError, Study
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Runner:
         self._stopped = threading.Event()
 
     def done(self, cell: Cell) -> bool:
-        """Whether a cell is there already, with these parameters. Raises Mistake if it is there with others."""
+        """Whether a cell is there already, with these parameters. Raises ConfigError if it is there with others."""
         path = self._folder(cell) / "parameters.yaml"
         if not path.exists():
             return False
@@ -62,7 +62,7 @@ class Runner:
         was, now = ({name: value for name, value in each.items() if name != "results"} for each in (was, now))
         changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
         if changed:
-            raise Mistake(
+            raise ConfigError(
                 f"{self.folder} holds this study with other parameters: {'; '.join(changed)}. "
                 "Take another folder (--runs), or remove that one"
             )
@@ -170,13 +170,13 @@ class Runner:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a study's folder; raises Mistake if another process does, which would move cells away under this one."""
+    """Hold a study's folder; raises ConfigError if another process does, which would move cells away under this one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except Timeout as error:
-        raise Mistake(
+        raise ConfigError(
             f"{folder} is being run by another process: wait for it, or take another folder (--runs)"
         ) from error
 

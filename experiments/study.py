@@ -22,7 +22,7 @@ TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": li
 MANAGED = ("runs", "results", "draw_only")  # parameters that the runner sets itself
 
 
-class Mistake(ValueError):
+class ConfigError(ValueError):
     """A study, a scale or a value that cannot be; one line that names it and the way out."""
 
 
@@ -37,17 +37,19 @@ class Study:
 
     @classmethod
     def load(cls, name: str) -> Study:
-        """A study by name, from `studies/NAME.yaml`. Raises Mistake."""
+        """A study by name, from `studies/NAME.yaml`. Raises ConfigError."""
         path = HERE / "studies" / f"{name}.yaml"
         if not path.exists():
-            raise Mistake(f"there is no study {name!r}; there are: {', '.join(names('studies'))}")
+            raise ConfigError(f"there is no study {name!r}; there are: {', '.join(names('studies'))}")
         values = _read(path, required={"question", "notebook", "grid", "seeds"}, optional={"expectations"})
         notebook = NOTEBOOKS / f"{values['notebook']}.ipynb"
         if not notebook.exists():
-            raise Mistake(f"{path.name}: there is no notebook {notebook.name} in {NOTEBOOKS.name}/")
+            raise ConfigError(f"{path.name}: there is no notebook {notebook.name} in {NOTEBOOKS.name}/")
         for expectation in values.get("expectations", []):
             if set(expectation) != {"claim", "measure", "lower", "higher"}:
-                raise Mistake(f"{path.name}: an expectation has claim, measure, lower and higher; got {expectation}")
+                raise ConfigError(
+                    f"{path.name}: an expectation has claim, measure, lower and higher; got {expectation}"
+                )
         return cls(name, **values | {"notebook": notebook})
 
 
@@ -62,10 +64,12 @@ class Scale:
 
     @classmethod
     def load(cls, name: str) -> Scale:
-        """A scale by name, from `scales/NAME.yaml`, or by the path of such a file. Raises Mistake."""
+        """A scale by name, from `scales/NAME.yaml`, or by the path of such a file. Raises ConfigError."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else HERE / "scales" / f"{name}.yaml"
         if not path.exists():
-            raise Mistake(f"there is no scale {name!r}; there are: {', '.join(names('scales'))}, or the path of a file")
+            raise ConfigError(
+                f"there is no scale {name!r}; there are: {', '.join(names('scales'))}, or the path of a file"
+            )
         values = _read(path, required={"about", "minutes", "parameters"}, optional={"studies", "teacher_config"})
         return cls(path.stem, **{key: value or {} for key, value in values.items()})
 
@@ -84,7 +88,7 @@ def names(folder: str) -> list[str]:
 
 
 def parameters(study: Study, scale: Scale, overrides: dict) -> dict:
-    """The value of every parameter of the study's notebook, lists whole. Raises Mistake for a name or type.
+    """The value of every parameter of the study's notebook, lists whole. Raises ConfigError for a name or type.
 
     Later ones win: the notebook's defaults, the study's grid and seeds, the scale, the scale's part for this
     study, `overrides`.
@@ -93,10 +97,10 @@ def parameters(study: Study, scale: Scale, overrides: dict) -> dict:
     asked = study.grid | {"seeds": study.seeds} | scale.parameters | scale.studies.get(study.name, {}) | overrides
     for name, value in asked.items():
         if name in MANAGED:
-            raise Mistake(f"{name} is set by the runner: leave it out")
+            raise ConfigError(f"{name} is set by the runner: leave it out")
         if name not in declared:
             known = ", ".join(known for known in declared if known not in MANAGED)
-            raise Mistake(f"{study.notebook.name} has no parameter {name!r}; it has: {known}")
+            raise ConfigError(f"{study.notebook.name} has no parameter {name!r}; it has: {known}")
         _check_type(name, value, *declared[name])
     defaults = {name: default for name, (_, default) in declared.items() if name not in MANAGED}
     return defaults | asked
@@ -114,12 +118,12 @@ def cells(study: Study, values: dict) -> list[Cell]:
 
 
 def only(every: list[Cell], wanted: list[str]) -> list[Cell]:
-    """Those cells that have, on each axis named, one of the values wanted (`AXIS=VALUE`). Raises Mistake for a value
+    """Those cells that have, on each axis named, one of the values wanted (`AXIS=VALUE`). Raises ConfigError for a value
     that is not there."""
     there = {part for cell in every for part in cell.name.split(",")}
     unknown = [part for part in wanted if part not in there]
     if unknown:
-        raise Mistake(f"no cell has {', '.join(unknown)}; there are: {', '.join(sorted(there))}")
+        raise ConfigError(f"no cell has {', '.join(unknown)}; there are: {', '.join(sorted(there))}")
     axes = {part.partition("=")[0] for part in wanted}
     return [cell for cell in every if len(set(wanted) & set(cell.name.split(","))) == len(axes)]
 
@@ -146,20 +150,20 @@ def _check_type(name: str, value, declared: str, default) -> None:
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
-        raise Mistake(message)
+        raise ConfigError(message)
 
 
 def _read(path: Path, required: set[str], optional: set[str]) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise Mistake(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise Mistake(f"{path.name} must hold names and values")
+        raise ConfigError(f"{path.name} must hold names and values")
     if missing := required - values.keys():
-        raise Mistake(f"{path.name} lacks {', '.join(sorted(missing))}")
+        raise ConfigError(f"{path.name} lacks {', '.join(sorted(missing))}")
     if unknown := values.keys() - required - optional:
-        raise Mistake(
+        raise ConfigError(
             f"{path.name}: unknown {', '.join(sorted(unknown))}; it may have: {', '.join(sorted(required | optional))}"
         )
     return values

@@ -1,66 +1,51 @@
-"""HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled."""
+"""HomoDistil: make a pre-trained transformer small by narrowing it while it is distilled.
 
-from . import cost, export
-from .arms import Bench, final_table, overlap, paired_differences, pick
-from .config import DistillConfig
-from .data import load_corpus
-from .discrepancy import discrepancy
-from .interruptions import Stopped
-from .loop import Diverged, distill
-from .losses import DistillationLoss, LossTerms
-from .masking import Masks
-from .models import forward, load_teacher
-from .narrowing import narrow
-from .plots import (
-    plot_arms,
-    plot_coupling,
-    plot_discrepancy,
-    plot_ends,
-    plot_ladder,
-    plot_layers,
-    plot_losses,
-    plot_map,
-    plot_overlap,
-    plot_prunes,
-    plot_schedule,
-    plot_scores,
-    plot_speed_up,
-)
-from .run_figure import plot_neurons, plot_run
-from .runs import Run, save_result
-from .schedules import cubic, linear, one_shot
-from .scorers import scorer
-from .widgets import LiveFigure, chooser, compare, explore, watch
-from .widths import UnsupportedArchitecture, WidthGroup, Widths, width_groups
+The method is here; `hdlib.lab` looks, compares and costs, `hdlib.downstream` fine-tunes. Each name loads its module at
+first use, so that `import hdlib` is instant and the loop runs where only its own dependencies are installed.
+"""
 
-__all__ = [
-    "Bench",
-    "DistillConfig",
-    "DistillationLoss",
-    "Diverged",
+import sys
+from importlib import import_module
+from types import ModuleType
+
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "config": "DistillConfig",
+        "corpus": "load_corpus",
+        "discrepancy": "discrepancy",
+        "distill": "Diverged distill",
+        "losses": "DistillationLoss",
+        "masks": "Masks",
+        "models": "forward load_teacher",
+        "narrowing": "narrow",
+        "runs": "Run",
+        "schedules": "cubic linear one_shot",
+        "scorers": "scorer",
+        "training": "Stopped",
+        "widths": "UnsupportedArchitecture Widths width_groups",
+    }.items()
+    for name in names.split()
+}
+__all__ = sorted(_MODULE_OF)
+
+_MOVED = {  # names of hdlib 0.1 that are not hdlib.lab.NAME now
+    "Bench": "hdlib.lab.Study",
+    "LossTerms": "hdlib.losses.LossTerms",
+    "WidthGroup": "hdlib.widths.WidthGroup",
+    "arms": "hdlib.lab.study",
+    "loop": "hdlib.distill",
+    "masking": "hdlib.masks",
+}
+_IN_LAB = [
     "LiveFigure",
-    "LossTerms",
-    "Masks",
-    "Run",
-    "Stopped",
-    "UnsupportedArchitecture",
-    "WidthGroup",
-    "Widths",
     "chooser",
     "compare",
     "cost",
-    "cubic",
-    "discrepancy",
-    "distill",
     "explore",
     "export",
     "final_table",
-    "forward",
-    "linear",
-    "load_corpus",
-    "load_teacher",
-    "narrow",
-    "one_shot",
+    "guesses",
     "overlap",
     "paired_differences",
     "pick",
@@ -79,8 +64,36 @@ __all__ = [
     "plot_schedule",
     "plot_scores",
     "plot_speed_up",
+    "plots",
+    "projection",
     "save_result",
-    "scorer",
     "watch",
-    "width_groups",
+    "widgets",
 ]
+
+
+class _Package(ModuleType):
+    """`hdlib.distill` and `hdlib.discrepancy` are the functions, also after an import of the modules of that name."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if isinstance(value, ModuleType) and _MODULE_OF.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str):
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in ("lab", "downstream"):
+        return import_module(f"{__name__}.{name}")
+    if name in _MOVED or name in _IN_LAB:
+        # ImportError: `from hdlib import NAME` would replace the message of an AttributeError by its own.
+        raise ImportError(f"hdlib.{name} has moved: use {_MOVED.get(name, f'hdlib.lab.{name}')}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "downstream", "lab"]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .models import without_bars
+from .models import no_progress_bars
 
 TENSORS, REST, FILES = "training.safetensors", "training.json", "files.json"
 
@@ -40,7 +40,7 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with without_bars():
+        with no_progress_bars():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if card is not None:

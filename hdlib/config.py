@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import as_blocks
 from .losses import TERMS, DistillationLoss
-from .masking import SCOPES
+from .masks import SCOPES
 from .models import check_length, check_vocabulary
 from .narrowing import check_narrowable
 from .schedules import SCHEDULES
@@ -110,6 +111,7 @@ class DistillConfig:
         check_vocabulary(tokenizer, teacher)
         broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
         _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}")
+        train, validation = as_blocks(train), as_blocks(validation)
         for part, blocks in (("training", train), ("validation", validation)):
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks")
         _require(
@@ -130,7 +132,7 @@ class DistillConfig:
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
         first, causal = validation[0], family(teacher).causal
         _require(
-            causal == (first["labels"][:-1] == first["input_ids"][1:]),
+            causal == bool((first["labels"][:-1] == first["input_ids"][1:]).all()),
             f"the teacher predicts {'next' if causal else 'masked'} tokens, but the validation blocks ask for "
             f"{'masked' if causal else 'next'} ones: make them with load_corpus(..., causal={causal})",
         )

@@ -54,16 +54,16 @@ def discrepancy(
     fits: list[_LinearFit] = []
     positions = tokens = 0
     for batch in batches(blocks, batch_size, device=student.device):
-        looked_at = batch["labels"] != IGNORED
-        labels, count = batch["labels"][looked_at], int(looked_at.sum())  # (N,)
-        ours = forward(student, batch["input_ids"], looked_at, batch.get("attention_mask"))
-        theirs = forward(teacher, batch["input_ids"], looked_at, batch.get("attention_mask"))
+        loss_positions = batch["labels"] != IGNORED
+        labels, count = batch["labels"][loss_positions], int(loss_positions.sum())  # (N,)
+        ours = forward(student, batch["input_ids"], loss_positions, batch.get("attention_mask"))
+        theirs = forward(teacher, batch["input_ids"], loss_positions, batch.get("attention_mask"))
         if count:  # the mean over nothing is none
             for name, value in _position_means(ours.logits, theirs.logits, labels).items():
                 sums[name] = sums.get(name, 0.0) + value.double() * count
         positions += count
         fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
-        real = batch.get("attention_mask", torch.ones_like(looked_at)).bool()
+        real = batch.get("attention_mask", torch.ones_like(loss_positions)).bool()
         for name, value in _attention_means(ours, theirs, heads, batch.get("attention_mask")).items():
             sums[name] = sums.get(name, 0.0) + value.double() * real.sum()
         tokens += int(real.sum())

@@ -26,8 +26,8 @@ class Divergence(torch.autograd.Function):
         gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
         total = 0.0
         for rows in pieces(student, student.shape[1]):
-            log_student = F.log_softmax(precise(student[rows]) / temperature, -1)
-            log_teacher = F.log_softmax(precise(teacher[rows]) / temperature, -1)
+            log_student = F.log_softmax(at_least_float32(student[rows]) / temperature, -1)
+            log_teacher = F.log_softmax(at_least_float32(teacher[rows]) / temperature, -1)
             shares = log_teacher.exp()
             total = total + (log_teacher.sub_(log_student).mul_(shares)).sum()
             if gradient is not None:
@@ -50,7 +50,7 @@ class CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits) if context.needs_input_grad[0] else None
         total = 0.0
         for rows in pieces(logits, logits.shape[1]):
-            log_shares = F.log_softmax(precise(logits[rows]), -1)
+            log_shares = F.log_softmax(at_least_float32(logits[rows]), -1)
             column = labels[rows].clamp(min=0)[:, None]
             total = total - log_shares.gather(1, column).mul_(labelled[rows, None]).sum()
             if gradient is not None:
@@ -73,7 +73,7 @@ class StateDifference(torch.autograd.Function):
         gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
         total = 0.0
         for rows in pieces(student, student[0].numel()):
-            difference = precise(student[rows]) - precise(teacher[rows])
+            difference = at_least_float32(student[rows]) - at_least_float32(teacher[rows])
             total = total + difference.square().sum()
             if gradient is not None:
                 gradient[rows] = difference.mul_(2 / student.numel())
@@ -146,7 +146,9 @@ def _score_difference(
         gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key)]
     with torch.autocast(query.device.type, enabled=False):  # near-equal products are subtracted
         for here in pieces(query, query.shape[1] * query.shape[2] ** 2):
-            ours, our_key, theirs, their = (precise(each[here]) for each in (query, key, their_query, their_key))
+            ours, our_key, theirs, their = (
+                at_least_float32(each[here]) for each in (query, key, their_query, their_key)
+            )
             difference = (ours * scaling @ our_key.mT).sub_(theirs * their_scaling @ their.mT)  # (., H, S, S)
             if pairs is not None:
                 difference.masked_fill_(~(pairs if len(pairs) == 1 else pairs[here]), 0.0)
@@ -157,7 +159,7 @@ def _score_difference(
     return total, gradients
 
 
-def precise(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision is too coarse for differences of near-equal numbers: at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

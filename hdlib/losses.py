@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .fused import CrossEntropy, Divergence, ScoreDifference, StateDifference, precise
+from .fused import CrossEntropy, Divergence, ScoreDifference, StateDifference, at_least_float32
 from .narrowing import replace_parameter
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
@@ -121,8 +121,8 @@ def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None
             and over all heads.
     """
     if pairs is None:
-        return F.mse_loss(precise(student), precise(teacher))
-    difference = (precise(student) - precise(teacher)).masked_fill(~pairs, 0.0)  # (B, H, S, S)
+        return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    difference = (at_least_float32(student) - at_least_float32(teacher)).masked_fill(~pairs, 0.0)  # (B, H, S, S)
     return difference.square().sum() / pairs.expand_as(student).sum()
 
 
@@ -245,10 +245,10 @@ class DistillationLoss(nn.Module):
         if not (labels != IGNORED).any():
             raise ValueError("no position of this batch has a label: nothing was masked")
         if weights["mlm"] or weights["prediction"]:
-            looked_at = self.looked_at(labels, attention_mask)
-            labelled = labels[looked_at]  # (N,), -100 where only the prediction term looks
-            ours = _at(student.logits, looked_at, "student")
-            theirs = _at(teacher.logits, looked_at, "teacher") if weights["prediction"] else None
+            loss_positions = self.loss_positions(labels, attention_mask)
+            labelled = labels[loss_positions]  # (N,), -100 where only the prediction term looks
+            ours = _at(student.logits, loss_positions, "student")
+            theirs = _at(teacher.logits, loss_positions, "teacher") if weights["prediction"] else None
             whole = not isinstance(ours, LogitsInPieces)
             terms |= (self._over_vocabulary if whole else self._in_pieces)(ours, theirs, labelled)
         if weights["hidden"] or weights["embedding"]:
@@ -276,7 +276,7 @@ class DistillationLoss(nn.Module):
         """Whether any term looks at the teacher at all; language modelling alone does not."""
         return any(self.weights[name] for name in TERMS if name != "mlm")
 
-    def looked_at(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def loss_positions(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The positions whose logits the loss needs, (B, S) of bool."""
         if self.positions == "masked":
             return labels != IGNORED

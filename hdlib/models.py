@@ -36,7 +36,7 @@ from .widths import UnsupportedArchitecture, Widths, family, set_widths, unsuppo
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # the name our attention function is registered under
-NOBODYS_CODE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python out of a model's folder
+SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python out of a model's folder
 # Vocabularies are often padded to a round number of rows; this many unused rows are no mismatch.
 UNUSED_ROWS = 1024
 
@@ -61,9 +61,9 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     _check_reachable(source)
     try:
         auto_class = language_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        with without_bars() if exists(source) else nullcontext():  # a download is worth a bar
+        with no_progress_bars() if exists(source) else nullcontext():  # a download is worth a bar
             model, report = auto_class.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **NOBODYS_CODE
+                source, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UnsupportedArchitecture:
@@ -136,7 +136,7 @@ def check_length(length: int, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def without_bars():
+def no_progress_bars():
     """Small models are read and written at once: no progress bars of Transformers meanwhile."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -145,6 +145,19 @@ def without_bars():
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def frozen_copy(teacher: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The teacher as a run reads it: float32, eval mode, without gradients, on `device`.
+
+    The caller's teacher stays as it is; weights that are in float32 on `device` already are shared, not copied.
+    """
+    memo = {
+        id(parameter): torch.nn.Parameter(parameter.detach().to(device, torch.float32), requires_grad=False)
+        for parameter in teacher.parameters()
+    }
+    memo |= {id(buffer): buffer.to(device) for buffer in teacher.buffers()}
+    return deepcopy(teacher, memo).eval()
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:

@@ -20,20 +20,19 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
-from pyarrow import ArrowInvalid
-from pyarrow.json import read_json
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import save_folder
 from .config import DistillConfig
-from .models import NOBODYS_CODE, language_model_class, without_bars
+from .models import SAFE_LOADING, language_model_class, no_progress_bars
 from .neurons import Prune, step_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "neurons", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -44,7 +43,7 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._read: tuple[tuple[int, int] | None, pd.DataFrame] = (None, pd.DataFrame())
+        self._read: tuple[tuple[int, int] | None, pd.DataFrame | None] = (None, None)
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -69,7 +68,7 @@ class Run:
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         description = {"arguments": arguments, "processes": processes, "versions": _versions(), "machine": _machine()}
-        _write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
+        write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
         return run
 
     @contextmanager
@@ -118,6 +117,8 @@ class Run:
         Raises:
             ValueError: a line that cannot be read.
         """
+        import pandas as pd
+
         path = self._file("metrics.jsonl")
         if not path.exists():
             return pd.DataFrame()
@@ -161,8 +162,8 @@ class Run:
     def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The result and its tokenizer, through the stock classes."""
         auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder, trust_remote_code=False))
-        with without_bars():
-            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32, **NOBODYS_CODE)
+        with no_progress_bars():
+            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32, **SAFE_LOADING)
         return model, AutoTokenizer.from_pretrained(self.student_folder, trust_remote_code=False)
 
     @property
@@ -237,12 +238,12 @@ class Run:
 
     def save_kept(self, kept: dict[str, torch.Tensor]) -> None:
         indices = {name: neurons.tolist() for name, neurons in sorted(kept.items())}
-        _write_whole(self._file("kept.json"), json.dumps(indices) + "\n")
+        write_whole(self._file("kept.json"), json.dumps(indices) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run logs it again."""
         lines = [json.dumps(record) for record in self.records() if record["step"] <= step]
-        _write_whole(self._file("metrics.jsonl"), "".join(line + "\n" for line in lines))
+        write_whole(self._file("metrics.jsonl"), "".join(line + "\n" for line in lines))
         for path in self._file("neurons").glob("step_*.safetensors"):
             if step_of(path) > step:
                 path.unlink()
@@ -253,6 +254,10 @@ class Run:
 
 def _read_metrics(path: Path) -> pd.DataFrame:
     """A record as a table; Arrow is quick with a long one."""
+    import pandas as pd
+    from pyarrow import ArrowInvalid
+    from pyarrow.json import read_json
+
     whole = path.read_bytes()
     lines = whole[: whole.rfind(b"\n") + 1]  # the last one may be cut off by a kill, or still being written
     if not lines:
@@ -263,7 +268,7 @@ def _read_metrics(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -276,27 +281,3 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
-def save_result(
-    folder: str | Path, result: dict, *, table: pd.DataFrame | None = None, figure: Figure | None = None
-) -> Path:
-    """Write what a notebook found to a folder, the result last: where it is, the others are too.
-
-    Args:
-        folder: where to; made if it is not there.
-        result: plain numbers and texts, to `result.json`. Raises ValueError for a number that is not finite.
-        table: to `table.csv`, without its index.
-        figure: to `figure.png` and `figure.svg`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    if table is not None:
-        _write_whole(folder / "table.csv", table.to_csv(index=False, float_format="%.6g"))
-    if figure is not None:
-        with plt.rc_context({"svg.hashsalt": "hdlib", "svg.fonttype": "none"}):  # the same figure, the same file
-            figure.savefig(folder / "figure.png", dpi=160)
-            figure.savefig(folder / "figure.svg", metadata={"Date": None})
-    _write_whole(folder / "result.json", text)
-    return folder / "result.json"

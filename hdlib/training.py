@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
@@ -13,8 +19,8 @@ from .config import DistillConfig
 from .discrepancy import discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss
-from .masking import Masks, applied
-from .models import NOBODYS_CODE, random_student, student_of, without_bars
+from .masks import Masks, applied
+from .models import SAFE_LOADING, no_progress_bars, random_student, student_of
 from .runs import Run
 from .scorers import scorer
 from .widths import Widths, all_neurons, width_groups
@@ -46,8 +52,8 @@ class Training:
             except BrokenCheckpoint as error:
                 tqdm.write(f"{error}: looking at the checkpoint before, or beginning again if there is none")
                 continue
-            with without_bars():
-                student = type(teacher).from_pretrained(folder, dtype=torch.float32, **NOBODYS_CODE).to(teacher.device)
+            with no_progress_bars():
+                student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
             training = cls(teacher, target, held_out, config, student.requires_grad_(True).eval())
             training._load(state)
             return training
@@ -131,3 +137,54 @@ def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: Distill
     others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop, and did so after a step, with a checkpoint of it."""
+
+
+class StopRequest:
+    """Whether SIGTERM has come: how batch systems say that time is up. Only the main thread is told of signals.
+
+    Every process of a run must stop after the same step, or the others would wait for it forever; so they ask
+    each other.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.came = accelerator, False
+
+    def __enter__(self) -> StopRequest:
+        self.listens = threading.current_thread() is threading.main_thread()
+        if self.listens:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_) -> None:
+        self.came = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return self.came
+        came = torch.tensor(float(self.came), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(came, "sum"))
+
+
+@contextmanager
+def memory_guard(run: Run) -> Iterator[None]:
+    """Say which settings to lower where memory does not suffice. Raises MemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise MemoryError(
+            f"memory does not suffice ({said}). Lower micro_batch_size (the blocks that go "
+            "through the models at once; the batch stays what it is), then the length of the blocks or eval_blocks. "
+            f"{run.way_back}"
+        ) from error

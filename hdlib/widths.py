@@ -13,14 +13,16 @@ import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, lcm
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .families import EMBEDDING, FAMILIES, FFN, FIXED, HEADS, HIDDEN, KEY, QUERY, SHARED_HEADS, VALUE, Family
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 QUERY_KEY = "query_key"  # the group of QUERY and KEY
 WIDTH_OF = {  # which width counts the neurons of a group
@@ -161,6 +163,8 @@ class WidthGroups(dict):
 
     def table(self) -> pd.DataFrame:
         """One row for each kind of group; the layers that have a group each are counted."""
+        import pandas as pd
+
         rows: dict[tuple, dict] = {}
         for group in self.values():
             names = (re.sub(r"[.](weight|bias)$", "", member.parameter) for member in group.members)

@@ -29,7 +29,7 @@ def loss_for(model, **options) -> DistillationLoss:
 def total_loss(model, teacher, batch, loss=None) -> torch.Tensor:
     input_ids, labels = batch
     loss = loss or loss_for(teacher).to(teacher.dtype)
-    positions = loss.looked_at(labels)
+    positions = loss.loss_positions(labels)
     with torch.no_grad():
         theirs = forward(teacher, input_ids, positions)
     return loss(forward(model, input_ids, positions), theirs, labels).total

@@ -17,9 +17,9 @@ import yaml
 import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.__main__ import PLACES, read
-from hdlib.projection import Projection
-from hdlib.widgets import chooser
-from hdlib.widgets.chooser import BUTTONS, FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
+from hdlib.lab.projection import Projection
+from hdlib.lab.widgets import chooser
+from hdlib.lab.widgets.chooser import BUTTONS, FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 
 MODULE = sys.modules[Chooser.__module__]
 
@@ -78,13 +78,13 @@ def test_the_table_shows_what_narrowing_gives(widget, name):
     student, _ = hdlib.load_teacher()
     hdlib.narrow(student, DistillConfig(**CHOICES[name]).shape(teacher))
     for column, model in {"teacher": teacher, "student": student}.items():
-        found = vars(Widths.of(model)) | hdlib.cost.parameters(model)
-        found |= {"gflop": hdlib.cost.flops(model.config, 64) / 1e9}
+        found = vars(Widths.of(model)) | hdlib.lab.cost.parameters(model)
+        found |= {"gflop": hdlib.lab.cost.flops(model.config, 64) / 1e9}
         for row, value in found.items():
             assert widget.sizes.loc[ROWS[row], column] == value, row
             shown = f"{value:.3f}" if row == "gflop" else f"{value:,}"
             assert re.search(rf"{ROWS[row]}</th>.*?>{shown}</td>", widget.table.value), (row, shown)
-    ratio = hdlib.cost.parameters(student)["encoder"] / hdlib.cost.parameters(teacher)["encoder"]
+    ratio = hdlib.lab.cost.parameters(student)["encoder"] / hdlib.lab.cost.parameters(teacher)["encoder"]
     assert f">{ratio:.3f}</td>" in widget.table.value
     assert "alert" not in widget.table.value and not widget.buttons["run"].disabled
 

@@ -82,23 +82,23 @@ def recorded(tmp_path_factory, tokenizer, blocks):
 
 def test_figures_show_what_was_recorded(recorded):
     metrics = recorded.metrics
-    upper, lower = hdlib.plot_discrepancy(recorded).axes
+    upper, lower = hdlib.lab.plot_discrepancy(recorded).axes
     measured = metrics["held_out_kl"].dropna()
     assert upper.lines[0].get_xdata().tolist() == [0, 3, 6, 9, 12]
     np.testing.assert_array_equal(upper.lines[0].get_ydata(), measured)
     steps, widths = lower.lines[0].get_data()  # where the width changes, and the end
     np.testing.assert_array_equal(pd.Series(widths, steps).reindex(metrics.index).ffill(), metrics["hidden_size"])
     assert lower.get_xlim() == (0, 12)
-    (axes,) = hdlib.plot_losses(recorded).axes
+    (axes,) = hdlib.lab.plot_losses(recorded).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 5 and axes.get_yscale() == "log"
-    both = hdlib.plot_discrepancy({"ours": recorded, "again": recorded}).axes[0]
+    both = hdlib.lab.plot_discrepancy({"ours": recorded, "again": recorded}).axes[0]
     assert [text.get_text() for text in both.get_legend().get_texts()] == ["ours", "again"]
 
 
 def test_figures_of_a_run_that_has_only_started(tmp_path):
     run = hdlib.Run.start(tmp_path, {"config": {"steps": 10}})
-    for figure in (hdlib.plot_discrepancy(run), hdlib.plot_losses(run)):
+    for figure in (hdlib.lab.plot_discrepancy(run), hdlib.lab.plot_losses(run)):
         assert "nothing recorded yet" in [text.get_text() for text in figure.axes[0].texts]
 
 
@@ -113,12 +113,12 @@ def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
         drawn.append(figure)
         return Handle()
 
-    monkeypatch.setattr("hdlib.widgets.live.display", display)
-    live = hdlib.LiveFigure(recorded.folder, every=0.0)
+    monkeypatch.setattr("hdlib.lab.widgets.live.display", display)
+    live = hdlib.lab.LiveFigure(recorded.folder, every=0.0)
     for record in recorded.records():
         live(record)
     assert len(drawn) == 5, "once for every held-out measure"
-    patient = hdlib.LiveFigure(recorded.folder, every=1000.0)
+    patient = hdlib.lab.LiveFigure(recorded.folder, every=1000.0)
     for record in recorded.records():
         patient(record)
     assert len(drawn) == 6, "not more often than asked for"
@@ -127,8 +127,8 @@ def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
 def test_cost_counts_and_times(teacher):
     student = hdlib.models.student_of(teacher)
     hdlib.narrow(student, Widths(hidden=12, ffn=28))
-    assert hdlib.cost.parameters(teacher)["total"] == teacher.num_parameters()
+    assert hdlib.lab.cost.parameters(teacher)["total"] == teacher.num_parameters()
     layer = teacher.bert.encoder.layer
-    assert hdlib.cost.parameters(teacher)["encoder"] == sum(p.numel() for p in layer.parameters())
-    times = hdlib.cost.latency({"teacher": teacher, "student": student}, length=16, repeats=3)
+    assert hdlib.lab.cost.parameters(teacher)["encoder"] == sum(p.numel() for p in layer.parameters())
+    times = hdlib.lab.cost.latency({"teacher": teacher, "student": student}, length=16, repeats=3)
     assert set(times) == {"teacher", "student"} and min(times.values()) > 0

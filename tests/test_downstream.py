@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from hdlib import downstream
 from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
-from hdlib.downstream.finetuning import _tokenised as tokenised
+from hdlib.downstream.finetune import _tokenised as tokenised
 from hdlib.downstream.metrics import MEASURES, measure
 from hdlib.downstream.probes import _swap
 from hdlib.downstream.squad import _targets, _windows, best_spans, score_answers

@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import hdlib
 from experiments import __main__ as command
 from experiments import report, runner, study
-from experiments.study import Mistake, Scale, Study
+from experiments.study import ConfigError, Scale, Study
 
 PARAMETERS = """
 arms: list = ["good", "better"]  # which
@@ -212,7 +212,7 @@ def test_only_takes_several_values_of_an_axis_and_all_axes_together():
         cell(arm, seed) for seed in (1, 11) for arm in ("good", "bad")
     ]
     assert study.only(every, ["arms=good", "arms=bad", "seeds=1"]) == [cell("good", 1), cell("bad", 1)]
-    with pytest.raises(study.Mistake, match="no cell has seeds=2; there are"):
+    with pytest.raises(study.ConfigError, match="no cell has seeds=2; there are"):
         study.only(every, ["arms=good", "seeds=2"])
 
 
@@ -326,5 +326,5 @@ def test_the_estimate_follows_the_measured_steps(teacher, tokenizer, blocks, tmp
     assert "one run would take about 90 seconds" in told
     twice = Scale("twice", "", 1, {"steps": 80, "batch_size": 16, "length": 16})
     assert "one run would take about 30 minutes" in report.estimate(asked, tmp_path / "measured", twice)
-    with pytest.raises(Mistake, match="no finished runs"):
+    with pytest.raises(ConfigError, match="no finished runs"):
         report.estimate(asked, tmp_path / "nothing", same)

@@ -290,7 +290,7 @@ def test_a_shard_that_disappears(tokenizer, text_file, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"c\.txt.*gone\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
     (tmp_path / "c.txt").unlink()
-    checked = hdlib.data._checked
+    checked = hdlib.corpus._checked
 
     def check_and_lose(file):
         digest = checked(file)
@@ -298,7 +298,7 @@ def test_a_shard_that_disappears(tokenizer, text_file, tmp_path, monkeypatch):
             file.unlink()
         return digest
 
-    monkeypatch.setattr(hdlib.data, "_checked", check_and_lose)
+    monkeypatch.setattr(hdlib.corpus, "_checked", check_and_lose)
     with pytest.raises(FileNotFoundError, match=r"b\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import hdlib
 from hdlib import fused, losses
-from hdlib.cost import peak_memory
+from hdlib.lab.cost import peak_memory
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
 
@@ -224,13 +224,13 @@ def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
     for at_once in (losses.LOGITS_AT_ONCE, 4 * model.config.vocab_size):
         monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
         loss = loss_for(model, positions=positions, temperature=2.0).double()
-        looked_at = loss.looked_at(labels)
+        loss_positions = loss.loss_positions(labels)
         with torch.no_grad():
-            theirs = forward(teacher, input_ids, looked_at, in_pieces=True)
-        ours = forward(model, input_ids, looked_at, in_pieces=True)
+            theirs = forward(teacher, input_ids, loss_positions, in_pieces=True)
+        ours = forward(model, input_ids, loss_positions, in_pieces=True)
         assert isinstance(ours.logits, torch.Tensor) == (at_once == 2**25)
         if isinstance(ours.logits, torch.Tensor):
-            close(ours.logits, model(input_ids).logits[looked_at], 1e-12)
+            close(ours.logits, model(input_ids).logits[loss_positions], 1e-12)
         model.zero_grad()
         terms = loss(ours, theirs, labels)
         terms.total.backward()
@@ -248,7 +248,9 @@ def test_logits_in_pieces_are_not_held(monkeypatch):
 
     def held(in_pieces):
         def step():
-            ours, theirs = (forward(model, input_ids, loss.looked_at(labels), in_pieces=in_pieces) for _ in range(2))
+            ours, theirs = (
+                forward(model, input_ids, loss.loss_positions(labels), in_pieces=in_pieces) for _ in range(2)
+            )
             loss(ours, theirs, labels).total.backward()
 
         step()  # gradients of the weights are there already

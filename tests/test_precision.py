@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hdlib
 from hdlib import DistillConfig, losses, precision
-from hdlib.cost import peak_memory
+from hdlib.lab.cost import peak_memory
 from hdlib.models import forward
 
 from conftest import random_batch
@@ -69,7 +70,7 @@ def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_piec
     teacher = random_model(kind, seed=1).eval()
     for again, model in models.items():
         loss = loss_for(teacher)
-        read = {"input_ids": input_ids, "positions": loss.looked_at(labels), "in_pieces": True}
+        read = {"input_ids": input_ids, "positions": loss.loss_positions(labels), "in_pieces": True}
         with precision.casting_again(model) if again else nullcontext():
             with precision.autocast("bfloat16", model.device):
                 with torch.no_grad():
@@ -115,7 +116,7 @@ def test_a_run_says_what_it_took_and_stays_with_it(teacher, tokenizer, blocks, t
             raise KeyboardInterrupt
 
     def started_with(gain, folder):
-        for module in (precision, hdlib.loop):
+        for module in (precision, import_module("hdlib.distill")):
             monkeypatch.setattr(module, "bfloat16_gain", lambda device: gain)
         with pytest.raises(KeyboardInterrupt):
             hdlib.distill(

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 import hdlib
-from hdlib import DistillConfig, Widths, projection
+from hdlib import DistillConfig, Widths
+from hdlib.lab import projection
+from hdlib.lab.projection import course, project
 from hdlib.models import check_vocabulary
-from hdlib.projection import course, project
 from hdlib.widths import set_widths
 
 from models import KINDS, random_model
@@ -17,11 +18,11 @@ from models import KINDS, random_model
 SMALL = {"steps": 100, "batch_size": 8, "micro_batch_size": 2, "target": 0.5, "precision": "float32"}
 
 
-def forward(teacher, widths, looked_at):
+def forward(teacher, widths, loss_positions):
     """Operations of one block of 16 tokens."""
     shape = type(teacher.config)(**teacher.config.to_dict())
     set_widths(teacher, shape, widths)
-    return hdlib.cost.flops(shape, 16) + 2 * looked_at * shape.hidden_size * (shape.hidden_size + 100)
+    return hdlib.lab.cost.flops(shape, 16) + 2 * loss_positions * shape.hidden_size * (shape.hidden_size + 100)
 
 
 @pytest.mark.parametrize("name, causal", [("bert", False), ("qwen3", True)])
@@ -66,7 +67,7 @@ def test_a_random_student_never_was_wide():
 
 
 @pytest.mark.parametrize(
-    "options, looked_at, teachers",
+    "options, loss_positions, teachers",
     [
         ({"positions": "all"}, 16, 1),
         ({"mask_probability": 0.5}, 8, 1),
@@ -74,9 +75,9 @@ def test_a_random_student_never_was_wide():
     ],
     ids=["all positions", "half of them masked", "nobody asks the teacher"],
 )
-def test_operations_are_where_the_loss_looks(options, looked_at, teachers):
+def test_operations_are_where_the_loss_looks(options, loss_positions, teachers):
     teacher = random_model("bert", vocabulary=100)
-    each = forward(teacher, Widths.of(teacher), looked_at)
+    each = forward(teacher, Widths.of(teacher), loss_positions)
     config = DistillConfig(**SMALL, **options)
     wide = Widths.of(teacher)
     assert projection.operations(teacher, [wide], config, 16) == {wide: pytest.approx((teachers + 3) * each)}
@@ -89,10 +90,10 @@ def test_what_is_counted_at_some_shapes_tells_the_others(name):
     shapes = sorted(set(course(teacher, config)[0]), key=astuple)
     found = projection.operations(teacher, shapes, config, 16)
     assert len(shapes) > 100 and found.keys() == set(shapes)
-    looked_at = 16 if KINDS[name].causal else 2
-    wide = forward(teacher, Widths.of(teacher), looked_at)
+    loss_positions = 16 if KINDS[name].causal else 2
+    wide = forward(teacher, Widths.of(teacher), loss_positions)
     for widths in shapes[5 :: len(shapes) // 4]:
-        assert found[widths] == pytest.approx(wide + 3 * forward(teacher, widths, looked_at), rel=1e-9)
+        assert found[widths] == pytest.approx(wide + 3 * forward(teacher, widths, loss_positions), rel=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"initial": "random"}, {"schedule": "one_shot"}], ids=str)

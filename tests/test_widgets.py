@@ -13,8 +13,8 @@ from transformers import pipeline
 
 import hdlib
 from hdlib import DistillConfig, Run
-from hdlib.guesses import guesses
-from hdlib.plots import COLOURS
+from hdlib.lab.guesses import guesses
+from hdlib.lab.plots import COLOURS
 
 from conftest import random_bert
 from recorded import recorded_run
@@ -61,7 +61,7 @@ def words_of(widget) -> str:
 
 def test_a_move_of_the_slider_shows_that_step(runs):
     run = runs["slow-seed-1"]
-    explorer = hdlib.explore(run)
+    explorer = hdlib.lab.explore(run)
     assert explorer.slider.value == 24 and explorer.slider.min == 0
     metrics, pictures = run.metrics, set()
     for step in (0, 6, 12, 24):
@@ -76,7 +76,7 @@ def test_a_move_of_the_slider_shows_that_step(runs):
 
 def test_the_maps_are_those_of_the_last_prune(runs):
     run = runs["slow-seed-1"]
-    explorer = hdlib.explore(run)
+    explorer = hdlib.lab.explore(run)
     for step in (run.pruned_at[1], run.pruned_at[1] + 1):
         explorer.slider.value = step
         stays = run.prune(run.pruned_at[1]).stays["hidden"].numpy()
@@ -88,7 +88,7 @@ def test_the_maps_are_those_of_the_last_prune(runs):
 
 def test_darker_is_more_important(runs):
     run = runs["slow-seed-1"]
-    explorer = hdlib.explore(run)
+    explorer = hdlib.lab.explore(run)
     prune = run.prune(run.pruned_at[-1])
     stays, importance = prune.stays["hidden"].numpy(), prune.importance["hidden"].numpy()
     brightness = np.asarray(explorer.drawn.maps.images["hidden"].get_array())[0, stays, :3] @ [0.2126, 0.7152, 0.0722]
@@ -98,7 +98,7 @@ def test_darker_is_more_important(runs):
 
 def test_guesses_are_those_of_the_stock_pipeline(runs, teacher_of_runs):
     teacher, tokenizer = teacher_of_runs
-    explorer = hdlib.explore(runs["slow-seed-1"], teacher_of_runs)
+    explorer = hdlib.lab.explore(runs["slow-seed-1"], teacher_of_runs)
     explorer.guesser.sentence.value = "the student ___ a layer ."
     student, _ = runs["slow-seed-1"].student()
     for model in (teacher, student):
@@ -127,14 +127,14 @@ def test_a_causal_model_goes_on(tokenizer):
     "sentence, said", [("no gap", "write ___"), ("", "write a sentence"), ("___ " * 99, "positions")]
 )
 def test_a_sentence_that_cannot_be_filled_is_answered_in_words(sentence, said, runs, teacher_of_runs):
-    explorer = hdlib.explore(runs["fast"], teacher_of_runs)
+    explorer = hdlib.lab.explore(runs["fast"], teacher_of_runs)
     explorer.guesser.sentence.value = sentence
     explorer.guesser.button.click()
     assert said in explorer.guesser.answer.value
 
 
 def test_without_its_teacher_a_run_can_still_be_looked_at(runs):
-    explorer = hdlib.explore(runs["fast"])  # its teacher was never saved: there is no name to load it by
+    explorer = hdlib.lab.explore(runs["fast"])  # its teacher was never saved: there is no name to load it by
     explorer.guesser.button.click()
     assert 'role="alert"' in explorer.guesser.answer.value
 
@@ -192,17 +192,17 @@ BROKEN = {
 @pytest.mark.parametrize("harm", BROKEN, ids=lambda harm: harm.__name__)
 def test_what_is_missing_is_said_in_words(harm, broken, runs):
     harm(broken)
-    explorer = hdlib.explore(broken)
+    explorer = hdlib.lab.explore(broken)
     assert BROKEN[harm] in words_of(explorer)
     assert "text/plain" in explorer._repr_mimebundle_()
-    compared = hdlib.compare(runs["fast"], broken)
+    compared = hdlib.lab.compare(runs["fast"], broken)
     assert set(compared.runs) >= {"fast"}
-    watching = hdlib.watch(broken)
+    watching = hdlib.lab.watch(broken)
     assert watching.alt
 
 
 def test_runs_are_compared_by_what_differs(runs):
-    compared = hdlib.compare(*runs.values())
+    compared = hdlib.lab.compare(*runs.values())
     settings = compared.children[0].value
     assert "steps" in settings and "1, 2" in settings and "temperature" not in settings
     assert {arm: list(each) for arm, each in compared.arms.items()} == {
@@ -219,7 +219,7 @@ def test_runs_are_compared_by_what_differs(runs):
 @pytest.mark.parametrize("along", ["step", "seconds", "parameters"])
 @pytest.mark.parametrize("measure", ["held_out_kl", "total", "hidden_size", "seconds"])
 def test_any_measure_along_anything(measure, along, runs):
-    compared = hdlib.compare(*runs.values())
+    compared = hdlib.lab.compare(*runs.values())
     compared.measure.value, compared.along.value = measure, along
     (axes,) = compared._canvas.figure.axes
     column = "elapsed" if along == "seconds" else along
@@ -232,7 +232,7 @@ def test_any_measure_along_anything(measure, along, runs):
 
 
 def test_a_click_on_a_curve_opens_its_run(runs):
-    compared = hdlib.compare(*runs.values())
+    compared = hdlib.lab.compare(*runs.values())
     for arm, line in compared._lines.items():
         x, y = line.axes.transData.transform(line.get_xydata()[-1])  # the curves end at different steps
         width, height = png_size(compared.picture.png)
@@ -252,7 +252,7 @@ def test_what_was_not_recorded_is_said(runs, broken):
     for record in records:
         record.pop("parameters")
     (broken / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    compared = hdlib.compare(runs["slow-seed-1"], broken)
+    compared = hdlib.lab.compare(runs["slow-seed-1"], broken)
     compared.along.value = "parameters"
     assert "broken" in compared.said.value and list(compared.arms) == ["slow"]
     compared.along.value = "step"
@@ -260,7 +260,7 @@ def test_what_was_not_recorded_is_said(runs, broken):
     shutil.copytree(broken, broken.parent / "slow-seed-9")
     arguments = json.loads((runs["slow-seed-1"].folder / "run.json").read_text())
     (broken.parent / "slow-seed-9" / "run.json").write_text(json.dumps(arguments))
-    compared = hdlib.compare(runs["slow-seed-1"], broken.parent / "slow-seed-9")
+    compared = hdlib.lab.compare(runs["slow-seed-1"], broken.parent / "slow-seed-9")
     compared.along.value = "parameters"
     assert list(compared.arms["slow"]) == ["slow-seed-1"], "the other seed is still there"
 
@@ -270,14 +270,14 @@ def test_no_run_is_lost_where_names_are_alike(runs, tmp_path):
     alike = [tmp_path / "here" / "slow-seed-3", tmp_path / "there" / "slow-seed-3"]
     for folder in alike:
         shutil.copytree(runs["fast"].folder, folder)
-    compared = hdlib.compare(runs["slow-seed-1"], runs["slow-seed-2"], alike[0])
+    compared = hdlib.lab.compare(runs["slow-seed-1"], runs["slow-seed-2"], alike[0])
     assert [list(each) for each in compared.arms.values()] == [["slow-seed-1", "slow-seed-2"], ["slow-seed-3"]]
-    compared = hdlib.compare(*alike)
+    compared = hdlib.lab.compare(*alike)
     assert list(compared.runs) == [str(folder) for folder in alike] and len(compared.arms) == 1
 
 
 def test_nothing_to_compare():
-    assert "no runs to compare" in hdlib.compare().alt
+    assert "no runs to compare" in hdlib.lab.compare().alt
 
 
 def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
@@ -286,7 +286,7 @@ def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
 
     async def grow():
-        watching = hdlib.watch(folder, every=0.01)
+        watching = hdlib.lab.watch(folder, every=0.01)
         assert "No run has begun" in watching.alt
         folder.mkdir()
         shutil.copy(source / "run.json", folder)
@@ -311,8 +311,8 @@ def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
 
 
 def test_a_cell_that_is_run_again_takes_over(runs, tmp_path):
-    first = hdlib.watch(tmp_path / "later")
-    second = hdlib.watch(tmp_path / "later")
+    first = hdlib.lab.watch(tmp_path / "later")
+    second = hdlib.lab.watch(tmp_path / "later")
     assert first.pause.value and not second.pause.value
 
 
@@ -322,12 +322,12 @@ def test_long_silence_is_told(broken):
     _unfinished(broken)
     old = (broken / "metrics.jsonl").stat().st_mtime - 3600
     os.utime(broken / "metrics.jsonl", (old, old))
-    assert "may have been stopped" in hdlib.watch(broken).alt and "1:00:0" in hdlib.watch(broken).alt
+    assert "may have been stopped" in hdlib.lab.watch(broken).alt and "1:00:0" in hdlib.lab.watch(broken).alt
 
 
 def test_every_widget_is_a_picture_where_none_can_be_shown(runs, tmp_path):
-    looking = (hdlib.explore(runs["fast"]), hdlib.compare(*runs.values()), hdlib.watch(runs["fast"].folder))
-    for widget in (*looking, hdlib.chooser(tmp_path)):
+    looking = (hdlib.lab.explore(runs["fast"]), hdlib.lab.compare(*runs.values()), hdlib.lab.watch(runs["fast"].folder))
+    for widget in (*looking, hdlib.lab.chooser(tmp_path)):
         bundle = widget._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in bundle
         assert png_size(base64.b64decode(bundle["image/png"]))[0] >= 500
@@ -336,7 +336,7 @@ def test_every_widget_is_a_picture_where_none_can_be_shown(runs, tmp_path):
 
 def test_the_slider_is_quick_on_a_large_run(tmp_path):
     """2,000 steps of a BERT-base: 12 layers of 3,072 neurons, a hundred prunes."""
-    explorer = hdlib.explore(recorded_run(tmp_path / "large", steps=2000))
+    explorer = hdlib.lab.explore(recorded_run(tmp_path / "large", steps=2000))
     seconds = []
     for step in range(0, 2000, 130):
         started = perf_counter()
@@ -350,7 +350,7 @@ def test_a_very_long_run_opens_quickly(tmp_path):
     run, seconds = recorded_run(tmp_path / "long", steps=100_000), []
     for _ in range(3):
         started = perf_counter()
-        explorer = hdlib.explore(run.folder)
+        explorer = hdlib.lab.explore(run.folder)
         seconds.append(perf_counter() - started)
     assert explorer.slider.max == 100_000 and min(seconds) < 2.0
 
@@ -377,7 +377,7 @@ def test_colours_of_curves_are_told_apart_by_colour_blind_readers(kind):
 def test_the_schedule_is_the_one_of_the_run(runs):
     run = runs["slow-seed-1"]
     teacher = random_bert()
-    (axes,) = hdlib.plot_schedule(run.config, teacher).axes
+    (axes,) = hdlib.lab.plot_schedule(run.config, teacher).axes
     drawn = dict(zip(axes.lines[0].get_xdata(), axes.lines[0].get_ydata(), strict=True))
     widths = run.metrics["hidden_size"] / run.metrics.loc[0, "hidden_size"]
     assert drawn == pytest.approx(widths.to_dict())
@@ -385,7 +385,7 @@ def test_the_schedule_is_the_one_of_the_run(runs):
 
 def test_a_run_that_is_not_there_for_a_figure(runs):
     with pytest.raises(ValueError, match="no prune recorded up to step 0"):
-        hdlib.plot_neurons(runs["fast"], 0)
+        hdlib.lab.plot_neurons(runs["fast"], 0)
     assert isinstance(Run.load(runs["fast"].folder).config, DistillConfig)
-    figure = hdlib.plot_run(runs["fast"], 6)
+    figure = hdlib.lab.plot_run(runs["fast"], 6)
     assert any("as of step" in axes.get_title("left") for axes in figure.axes)

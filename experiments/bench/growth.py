@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 import hdlib
 from hdlib.data import Masking, TrainingBatches
 from hdlib.documentation import gather
-from hdlib.plots import COLOURS, MARKERS, STYLES
+from hdlib.lab.plots import COLOURS, MARKERS, STYLES
 
 from .turns import in_turns
 from .work import Setting, Work

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from hdlib.cost import peak_memory
+from hdlib.lab.cost import peak_memory
 
 from .work import Setting, Work
 

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig
 
 import hdlib
-from hdlib.cost import flops
+from hdlib.lab.cost import flops
 from hdlib.models import student_of
 
 from .turns import in_turns

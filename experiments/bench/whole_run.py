@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import BertConfig
 
 import hdlib
-from hdlib import cost
-from hdlib.projection import wordless_tokenizer
+from hdlib.lab import cost
+from hdlib.lab.projection import wordless_tokenizer
 
 from .work import Setting
 

@@ -78,7 +78,7 @@ class Work:
         """What the loop does: both forwards, the loss, the backward. Both models are to be `recording`."""
         self.student.zero_grad()
         loss.zero_grad()
-        positions = loss.looked_at(self.labels)
+        positions = loss.loss_positions(self.labels)
         with self.setting.autocast():
             with torch.no_grad():
                 theirs = forward(self.teacher, self.input_ids, positions)

@@ -4,9 +4,9 @@ Nothing in here knows of distillation: a student, its teacher and anyone's check
 open. Hugging Face's `Trainer` trains, scikit-learn and SciPy measure.
 """
 
-from .finetuning import FineTuneConfig, finetune
+from .finetune import FineTuneConfig, finetune
 from .probes import PROBES, load_probe
-from .scoring import baselines, score, summary
+from .score import baselines, score, summary
 from .squad import SQUAD, SquadConfig, exact_match, finetune_squad, load_squad, squad_f1
 from .tasks import GLUE, Task, load_task
 

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForQuestionAnswering, DefaultDataCollator, set_seed
 
-from .finetuning import FineTuneConfig, drawn, open_with_head, train_with
+from .finetune import FineTuneConfig, drawn, open_with_head, train_with
 from .tasks import Task, load_parts
 
 SQUAD = {

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
-from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
-from .neurons import Prune
+from ..families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
+from ..neurons import Prune
+from ..runs import Run
+from ..widths import QUERY_KEY
 from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses
-from .runs import Run
-from .widths import QUERY_KEY
 
 KINDS = {
     HIDDEN: "residual stream",
@@ -176,7 +176,7 @@ def _averaged(colours: np.ndarray) -> np.ndarray:
 
 
 def plot_run(run: Run, step: int | None = None) -> Figure:
-    """All of one run in one figure, at one step: what `hdlib.explore` shows while its slider moves.
+    """All of one run in one figure, at one step: what `hdlib.lab.explore` shows while its slider moves.
 
     On the left the discrepancy, the width, the loss terms and what is left of each layer's hidden states; on the
     right the teacher's neurons that are still there, the darker the more important.

@@ -17,10 +17,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import DistillConfig
-from .losses import TERMS
-from .runs import Run
-from .widths import Widths, axes_of
+from ..config import DistillConfig
+from ..losses import TERMS
+from ..runs import Run
+from ..widths import Widths, axes_of
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and here by line style in grey print too.
 COLOURS = {
@@ -170,7 +170,7 @@ def plot_arms(
     """One measure along the training of every arm: the mean over its seeds, and their range as a band.
 
     Args:
-        runs: as `hdlib.Bench.distill` returns them.
+        runs: as `hdlib.lab.Study.distill` returns them.
         measure: a column of `Run.metrics`; loss and seconds of single steps through a running median.
         x: "step"; or "seconds" (of training so far) or "parameters", the mean over the seeds at each step.
         axes: where to draw; a new figure if None.
@@ -227,7 +227,7 @@ def plot_ends(
     """How every arm ended: a point for each seed, a bar at their mean, an arm a row.
 
     Args:
-        table: as `hdlib.final_table` returns it.
+        table: as `hdlib.lab.final_table` returns it.
         measure: a column of it.
         baseline: the arm whose mean is drawn as a line through all rows.
         axes: where to draw; a new figure if None.
@@ -299,7 +299,7 @@ def plot_speed_up(table: pd.DataFrame, baseline: str = "teacher") -> Figure:
     On the dotted line a forward is as many times faster as it has fewer operations.
 
     Args:
-        table: as `hdlib.cost.forward_table` returns it.
+        table: as `hdlib.lab.cost.forward_table` returns it.
         baseline: the model that the others are compared with.
     """
     places = ["batch_size", "length"]
@@ -394,7 +394,7 @@ def plot_prunes(run: Run, axes: Axes | None = None) -> Figure:
 
 
 def plot_overlap(shares: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """How much arms agree about which neurons stay, as shades with numbers; `shares` as `hdlib.overlap` returns it."""
+    """How much arms agree about which neurons stay, as shades with numbers; `shares` as `hdlib.lab.overlap` returns it."""
     size = 1.2 + 0.7 * len(shares)
     axes = axes or plt.subplots(figsize=(size + 1.5, size), layout="constrained")[1]
     shades = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
@@ -446,7 +446,7 @@ def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | N
     Args:
         table: of runs, with the columns `arm`, `x` and `measure`.
         x: the column of the cost, drawn on a logarithmic axis.
-        measure: a column of `hdlib.final_table`.
+        measure: a column of `hdlib.lab.final_table`.
         axes: where to draw; a new figure if None.
     """
     axes = axes or plt.subplots(figsize=(5, 3.6), layout="constrained")[1]

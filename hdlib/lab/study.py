@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from filelock import FileLock
+from matplotlib.figure import Figure
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import DistillConfig
+from ..distill import distill
+from ..runs import Run, write_whole
 from . import cost
-from .config import DistillConfig
-from .loop import distill
-from .runs import Run
 
 MEASURES = ("kl", "agreement", "mlm", "accuracy", "hidden")  # held out, at the last step
 
 
 @dataclass(frozen=True)
-class Bench:
+class Study:
     """What the arms of a study have in common: teacher, text, arguments, and the folder of their runs.
 
     Args:
@@ -199,3 +202,27 @@ def _neurons(run: Run, group: str) -> dict[str, set[int]]:
 
 def _shared(one: dict[str, set[int]], other: dict[str, set[int]]) -> float:
     return mean(len(one[name] & other[name]) / len(one[name]) for name in one)
+
+
+def save_result(
+    folder: str | Path, result: dict, *, table: pd.DataFrame | None = None, figure: Figure | None = None
+) -> Path:
+    """Write what a notebook found to a folder, the result last: where it is, the others are too.
+
+    Args:
+        folder: where to; made if it is not there.
+        result: plain numbers and texts, to `result.json`. Raises ValueError for a number that is not finite.
+        table: to `table.csv`, without its index.
+        figure: to `figure.png` and `figure.svg`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if table is not None:
+        write_whole(folder / "table.csv", table.to_csv(index=False, float_format="%.6g"))
+    if figure is not None:
+        with plt.rc_context({"svg.hashsalt": "hdlib", "svg.fonttype": "none"}):  # the same figure, the same file
+            figure.savefig(folder / "figure.png", dpi=160)
+            figure.savefig(folder / "figure.svg", metadata={"Date": None})
+    write_whole(folder / "result.json", text)
+    return folder / "result.json"

@@ -20,17 +20,17 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from ..config import CHOICES, DistillConfig
+from ...config import CHOICES, DistillConfig
+from ...corpus import SHORTEST, check_there, load_corpus
+from ...models import check_length, language_model_class, load_teacher, shape_of
+from ...narrowing import empty_stock_model
+from ...widths import Widths
 from ..cost import flops, parameters
-from ..data import SHORTEST, check_there, load_corpus
-from ..models import check_length, language_model_class, load_teacher, shape_of
-from ..narrowing import empty_stock_model
 from ..plots import plot_schedule
 from ..projection import Projection, project
-from ..widths import Widths
+from .describe import Shown, alert, status
 from .picture import Picture, drawn
 from .watch import watch
-from .words import Shown, alert, status
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb"
 FRACTION, SHAPE = "a fraction", "a shape"

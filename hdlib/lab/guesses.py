@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import forward, num_positions
-from .widths import family
+from ..models import forward, num_positions
+from ..widths import family
 
 GAP = "___"
 

@@ -10,11 +10,11 @@ from time import perf_counter, time
 
 import ipywidgets as widgets
 
+from ...runs import Run
 from ..run_figure import RunFigure
-from ..runs import Run
+from .describe import Shown, alert, status
 from .explore import explore
 from .picture import Picture, drawn
-from .words import Shown, alert, status
 
 QUIET = 20  # times as long as a step usually takes, without a word from the run: something may have happened to it
 AT_LEAST = 120  # seconds of quiet that mean nothing: a checkpoint or a held-out measure may take them

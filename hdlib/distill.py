@@ -17,15 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import card
 from .config import MAY_CHANGE, DistillConfig
-from .data import Masking, NextToken, TrainingBatches, micro_batches
-from .interruptions import Stopped, StopRequest, enough_memory
-from .masking import applied
-from .models import forward, recording
+from .data import Blocks, Masking, NextToken, TrainingBatches, as_blocks, micro_batches
+from .masks import applied
+from .models import forward, frozen_copy, recording
 from .narrowing import narrow
 from .neurons import RECORDED, Prune
 from .precision import autocast, bfloat16_gain, cast_once, casting_again, chosen
 from .runs import Run
-from .training import Training
+from .training import Stopped, StopRequest, Training, memory_guard
 from .widths import Widths, family
 
 
@@ -47,8 +46,7 @@ def distill(
     """Distil a teacher into a student that starts as its copy and is narrowed on the way (HomoDistil).
 
     Args:
-        teacher: a model with its language-model head, masked or causal; keeps its weights, in float32, in eval
-            mode, on the device of the run.
+        teacher: a model with its language-model head, masked or causal; left as it is, on its device.
         tokenizer: the teacher's.
         train, validation: blocks from `load_corpus`.
         config: every number of the run.
@@ -78,11 +76,11 @@ def distill(
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
     arguments = _arguments(config, teacher, train, validation)
     arguments["precision"] = chosen(config.precision, accelerator.device)
-    with _opened(accelerator, run_dir, arguments, resume) as run, enough_memory(run):
+    with _opened(accelerator, run_dir, arguments, resume) as run, memory_guard(run):
         if run.finished:
             return run
-        teacher = teacher.float().eval().to(accelerator.device)
-        held_out = validation.take(min(config.eval_blocks, len(validation)))
+        teacher = frozen_copy(teacher, accelerator.device)
+        held_out = Blocks(**as_blocks(validation)[: config.eval_blocks])
         training = Training.begin(teacher, target, held_out, config, run if resume else None)
         if resume and accelerator.is_main_process:
             run.rewind(training.step or -1)  # before the first step even the record of step 0 is made again
@@ -112,7 +110,7 @@ def _homotopy(accelerator: Accelerator, training: Training, batches: DataLoader,
             for part, share in micro_batches(batch, config.micro_batch_size, accelerator.device):
                 with applied(masks):
                     # 1. Teacher and student read the same text; their heads only what the loss looks at.
-                    positions = loss.looked_at(part["labels"])
+                    positions = loss.loss_positions(part["labels"])
                     read = {"input_ids": part["input_ids"], "positions": positions, "in_pieces": True}
                     with autocast(precision, accelerator.device):
                         with torch.no_grad():

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from tqdm.auto import tqdm
 
-from .finetuning import FineTuneConfig, drawn, finetune
+from .finetune import FineTuneConfig, drawn, finetune
 from .metrics import measure
 from .squad import SQUAD, SquadConfig, finetune_squad, score_answers
 from .tasks import Task

@@ -8,8 +8,8 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 from IPython.display import display
 
+from ...runs import Run
 from ..plots import plot_discrepancy
-from ..runs import Run
 
 
 class LiveFigure:

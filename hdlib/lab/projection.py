@@ -19,12 +19,12 @@ import torch
 from datasets import Dataset
 from transformers import BertTokenizerFast, PreTrainedModel
 
-from .config import DistillConfig
+from ..config import DistillConfig
+from ..data import Masking, NextToken, labelled_once
+from ..distill import distill
+from ..losses import DistillationLoss
+from ..widths import Widths, family, set_widths
 from .cost import flops, peak_memory
-from .data import Masking, NextToken, labelled_once
-from .loop import distill
-from .losses import DistillationLoss
-from .widths import Widths, family, set_widths
 
 STEPS = 24  # of the run that is measured, every second of which does not prune
 WARM = 2  # of them, that are not counted: caches and threads wake up
@@ -98,13 +98,13 @@ def operations(
     words or a width that stays; so what is counted at some of the shapes tells all the others.
     """
     wide, shapes = Widths.of(teacher), sorted(set(shapes), key=astuple)
-    looked_at = length
+    loss_positions = length
     if config.positions == "masked" and not family(teacher).causal:
-        looked_at = max(1, round(config.mask_probability * length))
+        loss_positions = max(1, round(config.mask_probability * length))
     reads_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
-    theirs = _forward(teacher, wide, length, looked_at) if reads_teacher else 0.0
+    theirs = _forward(teacher, wide, length, loss_positions) if reads_teacher else 0.0
     some = sorted(set(np.linspace(0, len(shapes) - 1, COUNTED).round().astype(int)))
-    counted = [_forward(teacher, shapes[each], length, looked_at) for each in some]
+    counted = [_forward(teacher, shapes[each], length, loss_positions) for each in some]
     products = np.array([_products(widths, wide) for widths in shapes])  # (shapes, products)
     weights = np.linalg.lstsq(products[some], np.array(counted, dtype=float))[0]
     return dict(zip(shapes, (theirs + 3 * products @ weights).tolist(), strict=True))
@@ -174,8 +174,8 @@ def _products(widths: Widths, wide: Widths) -> list[float]:
     return [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
 
 
-def _forward(teacher: PreTrainedModel, widths: Widths, length: int, looked_at: int) -> float:
+def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:
     """Operations of one block through the layers, and through the head where the loss looks."""
     config = deepcopy(teacher.config)
     set_widths(teacher, config, widths)
-    return flops(config, length) + 2 * looked_at * config.hidden_size * (config.hidden_size + config.vocab_size)
+    return flops(config, length) + 2 * loss_positions * config.hidden_size * (config.hidden_size + config.vocab_size)

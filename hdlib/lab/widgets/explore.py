@@ -12,12 +12,12 @@ import ipywidgets as widgets
 import pandas as pd
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...models import SAFE_LOADING, language_model_class, load_teacher, no_progress_bars
+from ...runs import Run
 from ..guesses import GAP, guesses
-from ..models import NOBODYS_CODE, language_model_class, load_teacher, without_bars
 from ..run_figure import RunFigure
-from ..runs import Run
+from .describe import Shown, alert, table
 from .picture import Picture, drawn
-from .words import Shown, alert, table
 
 PARTS = {  # what a record holds, in the order in which it is told
     "held_out_kl": "KL to the teacher, nats",
@@ -46,7 +46,7 @@ def explore(
         teacher: model and tokenizer; None loads the one that the run names, when it is first asked to guess.
 
     Returns:
-        A widget. `value` of its `slider` is the step; where widgets cannot be shown it is a picture, `hdlib.plot_run`.
+        A widget. `value` of its `slider` is the step; where widgets cannot be shown it is a picture, `hdlib.lab.plot_run`.
     """
     folder = Path(run.folder if isinstance(run, Run) else run)
     try:
@@ -171,8 +171,8 @@ class _Guesser(widgets.VBox):
     def _student(self, folder: Path) -> PreTrainedModel:
         if folder not in self._loaded:
             auto_class = language_model_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-            with without_bars():
-                self._loaded[folder] = auto_class.from_pretrained(folder, **NOBODYS_CODE)
+            with no_progress_bars():
+                self._loaded[folder] = auto_class.from_pretrained(folder, **SAFE_LOADING)
         return self._loaded[folder]
 
 

@@ -14,11 +14,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.backend_bases import MouseEvent
 
+from ...runs import Run
 from ..plots import PLACES, plot_arms
-from ..runs import Run
+from .describe import Shown, alert, table
 from .explore import explore
 from .picture import Picture, drawn
-from .words import Shown, alert, table
 
 CHOICES = {
     "discrepancy": "held_out_kl",

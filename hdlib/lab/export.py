@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from .widths import family
+from ..widths import family
 
 
 def to_program(model: PreTrainedModel, path: str | Path) -> float:
