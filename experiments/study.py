@@ -118,8 +118,11 @@ def cells(study: Study, values: dict) -> list[Cell]:
 
 
 def only(every: list[Cell], wanted: list[str]) -> list[Cell]:
-    """Those cells that have, on each axis named, one of the values wanted (`AXIS=VALUE`). Raises ConfigError for a value
-    that is not there."""
+    """The cells that have one of the wanted values (`AXIS=VALUE`) on each named axis.
+
+    Raises:
+        ConfigError: a value that no cell has.
+    """
     there = {part for cell in every for part in cell.name.split(",")}
     unknown = [part for part in wanted if part not in there]
     if unknown:

@@ -6,8 +6,8 @@ _MODULE_OF = {
     name: module
     for module, names in {
         "study": "Study final_table overlap paired_differences pick save_result",
-        "plots": "plot_arms plot_coupling plot_discrepancy plot_ends plot_ladder plot_layers plot_losses plot_map "
-        "plot_overlap plot_prunes plot_schedule plot_scores plot_speed_up",
+        "plots": "mark_smoke plot_arms plot_coupling plot_discrepancy plot_ends plot_ladder plot_layers plot_losses "
+        "plot_map plot_overlap plot_prunes plot_schedule plot_scores plot_speed_up",
         "run_figure": "plot_neurons plot_run",
         "widgets": "LiveFigure chooser compare explore watch",
     }.items()

@@ -23,6 +23,7 @@ from ..runs import Run
 from ..widths import Widths, axes_of
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and here by line style in grey print too.
+SMOKE = 100  # steps; shorter runs only test the code
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#D55E00",
@@ -394,7 +395,7 @@ def plot_prunes(run: Run, axes: Axes | None = None) -> Figure:
 
 
 def plot_overlap(shares: pd.DataFrame, axes: Axes | None = None) -> Figure:
-    """How much arms agree about which neurons stay, as shades with numbers; `shares` as `hdlib.lab.overlap` returns it."""
+    """Share of kept neurons that two arms have in common; `shares` as `hdlib.lab.overlap` returns it."""
     size = 1.2 + 0.7 * len(shares)
     axes = axes or plt.subplots(figsize=(size + 1.5, size), layout="constrained")[1]
     shades = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
@@ -538,6 +539,23 @@ def _draw_matrix(
     place.set_title(f"{short.replace('attention.self.', '')}\n{shape[0]} × {shape[1]}", fontsize="small")
     place.set_ylabel(labels[0], fontsize="small")
     place.set_xlabel(labels[1], fontsize="small")
+
+
+def mark_smoke(figure: Figure, steps: int) -> Figure:
+    """Write "smoke scale" across a figure of runs with fewer than 100 steps: they test the code, not the question."""
+    if steps < SMOKE:
+        figure.text(
+            0.5,
+            0.5,
+            f"smoke scale: {steps} steps",
+            ha="center",
+            va="center",
+            rotation=20,
+            fontsize=24,
+            color="#D55E00",
+            alpha=0.35,
+        )
+    return figure
 
 
 def _two_axes() -> tuple[Axes, Axes]:

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
+from ..corpus import load_corpus
 from ..distill import distill
+from ..models import load_teacher
 from ..runs import Run, write_whole
 from . import cost
 
@@ -41,6 +43,24 @@ class Study:
     config: DistillConfig
     folder: str | Path
     draw_only: bool = False
+
+    @classmethod
+    def load(
+        cls, teacher: str, corpus: str, length: int, folder: str | Path, *, draw_only: bool = False, **fields
+    ) -> Study:
+        """A study by names and numbers: loads teacher and corpus, builds the config.
+
+        Args:
+            teacher: as for `hdlib.load_teacher`.
+            corpus: as for `hdlib.load_corpus`.
+            length: S, tokens a block.
+            folder, draw_only: as above.
+            fields: of DistillConfig; `eval_every` is a twentieth of the steps unless given.
+        """
+        model, tokenizer = load_teacher(teacher)
+        train, validation = load_corpus(corpus, tokenizer, length)
+        config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 20)} | fields)
+        return cls(model, tokenizer, train, validation, config, folder, draw_only)
 
     def distill(self, arms: Mapping[str, dict], seeds: Iterable[int]) -> dict[str, list[Run]]:
         """Distil every arm with every seed; what has finished is only opened, what was interrupted goes on.

@@ -46,7 +46,7 @@ def explore(
         teacher: model and tokenizer; None loads the one that the run names, when it is first asked to guess.
 
     Returns:
-        A widget. `value` of its `slider` is the step; where widgets cannot be shown it is a picture, `hdlib.lab.plot_run`.
+        A widget. `value` of its `slider` is the step; without a front end it is `hdlib.lab.plot_run`.
     """
     folder = Path(run.folder if isinstance(run, Run) else run)
     try:
