@@ -100,10 +100,10 @@ class Sensitivity(Scorer):
 class Platon(Sensitivity):
     """Sensitivity times its uncertainty (PLATON, Zhang et al., ICML 2022). Stores two numbers per weight.
 
-    I_t = |theta * g|
-    I~_t = beta_1 I~_{t-1} + (1 - beta_1) I_t, from 0, with beta_1 = `smoothing`
-    U~_t = beta_2 U~_{t-1} + (1 - beta_2) |I_t - I~_t|, from 0, with beta_2 = `uncertainty`
-    S_t = I~_t U~_t
+    I_t = |theta * g|;
+    I~_t = beta_1 I~_{t-1} + (1 - beta_1) I_t, from 0, with beta_1 = `smoothing`;
+    U~_t = beta_2 U~_{t-1} + (1 - beta_2) |I_t - I~_t|, from 0, with beta_2 = `uncertainty`;
+    S_t = I~_t U~_t.
     """
 
     def __init__(self, smoothing: float = 0.85, uncertainty: float = 0.95):
