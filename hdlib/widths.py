@@ -192,7 +192,7 @@ class Widths:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Widths:
         """The present shape of a model."""
-        config, declared = model.config, family(model)
+        declared, config = family(model), model.config  # family() checks the model
         heads, hidden = config.num_attention_heads, config.hidden_size
         head_dim = hidden // heads if declared.linked else getattr(config, "head_dim", None) or hidden // heads
         # GPT-2's n_inner may be None, which stands for four times the hidden width.

@@ -138,7 +138,7 @@ def test_sharded_weights_are_refused(model, process_group):
 def test_ties_that_were_cut_are_refused(model):
     decoder = model.cls.predictions.decoder
     decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
-    refuses(model, "decoder.weight.*Ties", hdlib.UnsupportedArchitecture)
+    refuses(model, "decoder.weight.*Restore ties", hdlib.UnsupportedArchitecture)
 
 
 def test_a_run_is_refused_before_it_starts(model, teacher, tokenizer, blocks, tmp_path):
