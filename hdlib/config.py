@@ -1,9 +1,9 @@
-"""Every number of a run in one frozen object, checked when it is made."""
+"""All settings of a run in one frozen object, checked at construction."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,141 +18,142 @@ from .scorers import SCORERS
 from .widths import Widths, family, width_groups
 
 
+def option(default, help: str, least: int | None = None):
+    """A field with its description and its lowest value; both are in `field.metadata`."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The arguments of `hdlib.distill`. Raises ValueError, naming the field, for what cannot be."""
+    """The settings of `hdlib.distill`. Raises ValueError for an impossible value, naming the field."""
 
-    steps: int = 1000  # T, optimiser steps
-    batch_size: int = 32  # B, blocks a step over all processes
-    micro_batch_size: int = 0  # blocks that go through the models at once, gradients add up; 0: a process's whole share
-    target: float | Widths | dict = 0.29  # what is kept of every width, or the shape to reach
-    multiple_of: int = 1  # of hidden and feed-forward widths, on the way and for a ratio in the end; 16 is faster
-    initial: str = "teacher"  # the student starts as the teacher's copy; or random, fresh weights of the target shape
+    # Size of the run and of the student
+    steps: int = option(1000, "T, optimiser steps", least=1)
+    batch_size: int = option(32, "B, blocks per step over all processes", least=1)
+    micro_batch_size: int = option(0, "blocks per forward pass; gradients add up; 0: all blocks of a process", least=0)
+    target: float | Widths | dict = option(0.29, "fraction of every width to keep, or the shape to reach")  # noqa: RUF009
+    multiple_of: int = option(1, "hidden and feed-forward widths are rounded to multiples of it; 16 is fast", least=1)
+    initial: str = option("teacher", "student at step 0: a copy of the teacher, or random weights of the target shape")
 
-    schedule: str = "cubic"  # how the kept fraction falls: cubic, linear or one_shot
-    prune_start: float = 0.05  # t_i as a fraction of the steps
-    prune_end: float = 0.70  # t_f as a fraction of the steps
-    prune_every: int = 10  # steps from one prune to the next
-    scorer: str = "sensitivity"  # importance: sensitivity, platon, magnitude, movement or random
-    smoothing: float = 0.85  # beta, weight of the past in the moving average of the scores
-    masked: bool = False  # neurons are masked while training and removed at the end (the dense baseline)
-    recover: bool = False  # masked neurons may return until t_f; implies masks
-    scope: str = "local"  # the same quota in every layer; or global, one ranking over all layers, under masks only
+    # Pruning
+    schedule: str = option("cubic", "course of the kept fraction: cubic, linear or one_shot")
+    prune_start: float = option(0.05, "t_i, first prune, as a fraction of the steps")
+    prune_end: float = option(0.70, "t_f, last prune, as a fraction of the steps")
+    prune_every: int = option(10, "steps between two prunes", least=1)
+    scorer: str = option("sensitivity", "importance: sensitivity, platon, magnitude, movement or random")
+    smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
+    masked: bool = option(False, "mask neurons during training and remove them at the end (the dense baseline)")
+    recover: bool = option(False, "masked neurons may return until t_f; implies masks")
+    scope: str = option("local", "local: same quota in every layer; global: one ranking of all layers, under masks")
 
-    mlm: float = 1.0  # weight of the language-model loss, on masked or on next tokens
-    prediction: float = 1.0  # weight of KL(teacher || student)
-    hidden: float = 1.0  # weight of the hidden-state loss
-    attention: float = 1.0  # weight of the attention loss
-    embedding: float = 1.0  # weight of the embedding loss
-    temperature: float = 1.0  # T of the prediction loss
-    attention_target: str = "scores"  # compare attention scores before the softmax, or probs after it
-    positions: str = "masked"  # where predictions are compared: masked (causal: all with a next token), or all
+    # Loss
+    mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")
+    prediction: float = option(1.0, "weight of KL(teacher || student)")
+    hidden: float = option(1.0, "weight of the hidden-state loss")
+    attention: float = option(1.0, "weight of the attention loss")
+    embedding: float = option(1.0, "weight of the embedding loss")
+    temperature: float = option(1.0, "temperature of the prediction loss")
+    attention_target: str = option("scores", "attention loss: on scores before the softmax, or on probs after it")
+    positions: str = option("masked", "prediction loss: masked positions (causal: all with a next token), or all")
 
-    learning_rate: float = 6e-4  # peak, Adam
-    warmup: float = 0.1  # fraction of the steps in which the learning rate rises
-    weight_decay: float = 0.01  # not on biases, norms and projections
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    eps: float = 1e-6  # of Adam
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    mask_probability: float = 0.15  # share of the tokens that is to be predicted
-    precision: str = "auto"  # of matrix products: float32, bfloat16 or the faster one here; weights are float32 always
-    seed: int = 0  # of order and masks, and of random weights and scores
+    # Optimisation
+    learning_rate: float = option(6e-4, "peak learning rate of Adam")
+    warmup: float = option(0.1, "fraction of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "weight decay, not on biases, norms and projections", least=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "betas of Adam")
+    eps: float = option(1e-6, "epsilon of Adam")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mask_probability: float = option(0.15, "fraction of tokens to predict")
+    precision: str = option("auto", "of matrix products: float32, bfloat16 or the faster one here; weights are float32")
+    seed: int = option(0, "seed of data order, masking, random weights and random scores")
 
-    eval_every: int = 50  # steps from one held-out measure to the next
-    eval_blocks: int = 64  # held-out blocks measured
-    eval_prunes: bool = False  # measure just before and just after every prune too
-    checkpoint_every: int = 100  # steps from one checkpoint to the next
-    keep_last: int = 2  # checkpoints that stay
+    # Measures and checkpoints
+    eval_every: int = option(50, "steps between two held-out measures", least=1)
+    eval_blocks: int = option(64, "held-out blocks to measure on", least=1)
+    eval_prunes: bool = option(False, "also measure just before and just after every prune")
+    checkpoint_every: int = option(100, "steps between two checkpoints", least=1)
+    keep_last: int = option(2, "number of checkpoints to keep", least=1)
 
     def __post_init__(self):
         if isinstance(self.target, dict):
-            unknown = set(self.target) - {field.name for field in fields(Widths)}
-            _require(not unknown, f"target: a shape has hidden, ffn, head_dim and heads; got {sorted(unknown)}")
+            unknown = set(self.target) - {width.name for width in fields(Widths)}
+            _require(not unknown, f"target has no width {sorted(map(str, unknown))}: give hidden, ffn, head_dim, heads")
             object.__setattr__(self, "target", Widths(**self.target))
         self._check_types()
-        for name in _COUNTS:
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}")
-        _require(self.micro_batch_size >= 0, f"micro_batch_size is at least 0; got {self.micro_batch_size}")
         for name in ("learning_rate", "max_grad_norm", "eps"):
             _require(getattr(self, name) > 0, f"{name} must be above 0; got {getattr(self, name)}")
+        _require(0 <= self.warmup <= 1, f"warmup must be in [0, 1]; got {self.warmup}")
+        _require(0 <= self.smoothing < 1, f"smoothing must be in [0, 1); got {self.smoothing}")
+        _require(0 < self.mask_probability < 1, f"mask_probability must be in (0, 1); got {self.mask_probability}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            _require(value in choices, f"{name} is one of {', '.join(choices)}; got {value!r}")
-        _require(
-            0 <= self.prune_start < self.prune_end <= 1,
-            f"pruning must start before it ends, both as fractions of the steps in [0, 1]; "
-            f"got prune_start={self.prune_start}, prune_end={self.prune_end}",
-        )
+            _require(value in choices, f"{name} is one of {', '.join(choices)}; got {_short(value)}")
+        pruning = f"prune_start={self.prune_start}, prune_end={self.prune_end}"
+        fractions = 0 <= self.prune_start < self.prune_end <= 1
+        _require(fractions, f"{pruning}: pruning must start before it ends, in fractions of the steps from 0 to 1")
         start, end = self._pruning_steps()
-        _require(
-            start < end,
-            f"of {self.steps} steps, pruning from {self.prune_start} to {self.prune_end} leaves none: "
-            "more steps, or prune_start and prune_end further apart",
-        )
-        _require(0 <= self.warmup <= 1, f"warmup is a fraction of the steps in [0, 1]; got {self.warmup}")
-        _require(0 < self.mask_probability < 1, f"mask_probability is in (0, 1); got {self.mask_probability}")
-        _require(0 <= self.smoothing < 1, f"smoothing is in [0, 1); got {self.smoothing}")
-        _require(self.weight_decay >= 0, f"weight_decay is at least 0; got {self.weight_decay}")
+        _require(start < end, f"{pruning}: no step of {self.steps} lies between them; raise steps or prune_end")
         _require(
             self.initial == "teacher" or not self.under_masks,
-            "masked, recover and scope='global' mask the teacher's copy; initial='random' starts at the target shape",
+            f"initial={self.initial!r} starts at the target shape, but masked, recover and scope='global' mask a copy "
+            "of the teacher; take initial='teacher'",
         )
-        if not isinstance(self.target, Widths):
-            _require(0 < self.target <= 1, f"target is the fraction of the width to keep, in (0, 1]; got {self.target}")
-        DistillationLoss(1, 1, 1, **self.loss_options())  # refuses what it cannot do
+        DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 
     def check(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation, processes: int = 1
     ) -> Widths:
-        """The shape that the student will have; ValueError if these arguments cannot make it."""
+        """The student's final shape. Raises ValueError if a run with these arguments is impossible."""
         width_groups(teacher)
         target = self.shape(teacher)
         check_narrowable(teacher, target)
         check_vocabulary(tokenizer, teacher)
         broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
-        _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}")
+        _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}; take another checkpoint")
+        _require(
+            self.batch_size % processes == 0,
+            f"batch_size={self.batch_size} cannot be divided over {processes} processes: take a multiple",
+        )
         train, validation = as_blocks(train), as_blocks(validation)
+        self._check_blocks(train, validation, family(teacher).causal)
+        check_length(len(train[0]["input_ids"]), teacher)
+        return target
+
+    def _check_blocks(self, train, validation, causal: bool) -> None:
         for part, blocks in (("training", train), ("validation", validation)):
-            _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks")
+            _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks: pass more text")
         _require(
             len(train) >= self.batch_size,
             f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "
-            "lower batch_size, shorten the blocks or bring more text",
+            "lower batch_size or the length of the blocks, or pass more text",
         )
-        _require(
-            self.batch_size % processes == 0,
-            f"batch_size {self.batch_size} cannot be shared out evenly to {processes} processes",
-        )
-        check_length(len(train[0]["input_ids"]), teacher)
         _require(
             "attention_mask" not in train.column_names,
-            "the training blocks have an attention_mask, which the loop would not see: "
+            "the training blocks have an attention_mask, which training ignores: "
             "pass blocks packed without padding, as load_corpus makes them",
         )
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
-        first, causal = validation[0], family(teacher).causal
+        first = validation[0]
         _require(
             causal == bool((first["labels"][:-1] == first["input_ids"][1:]).all()),
-            f"the teacher predicts {'next' if causal else 'masked'} tokens, but the validation blocks ask for "
+            f"the teacher predicts {'next' if causal else 'masked'} tokens, but the validation labels are of "
             f"{'masked' if causal else 'next'} ones: make them with load_corpus(..., causal={causal})",
         )
-        return target
 
     def shape(self, teacher: PreTrainedModel) -> Widths:
-        """The target; of a fraction the nearest shape that a stock model can have. ValueError if there is none."""
+        """The target shape; for a fraction, the nearest possible one. Raises ValueError if there is none."""
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
         return target.resolved(teacher)
 
     @property
     def under_masks(self) -> bool:
-        """Neurons are masked while training, not removed."""
+        """Whether neurons are masked during training instead of removed."""
         return self.masked or self.recover or self.scope == "global"
 
     def widths_at(self, step: int, teacher: PreTrainedModel, target: Widths) -> Widths:
-        """The shape after a step. Between two prunes it is that of the one before.
+        """The shape after a step; between two prunes, that of the earlier one.
 
-        Every width follows r(t) = r_f + (1 - r_f) s(t) with an r_f of its own; s is the schedule for
-        r_f = 0, the share of the way that is still to go.
+        Every width follows r(t) = r_f + (1 - r_f) s(t) with its own final fraction r_f; s is the schedule for r_f = 0.
         """
         start, end = self._pruning_steps()
         if step < end:
@@ -161,12 +162,12 @@ class DistillConfig:
         return Widths.of(teacher).between(target, progress, teacher, self.multiple_of)
 
     def chooses_at(self, step: int) -> bool:
-        """Whether neurons are ranked anew after a step: between t_i and t_f, every `prune_every` steps."""
+        """Whether neurons are ranked again after a step: from t_i to t_f, every `prune_every` steps."""
         start, end = self._pruning_steps()
         return start <= step <= end and (step % self.prune_every == 0 or step == end)
 
     def still_prunes(self, step: int) -> bool:
-        """Whether neurons may still be chosen after this step or a later one; beyond t_f nobody asks who matters."""
+        """Whether scores are still needed after this step; they are not after t_f."""
         return step <= self._pruning_steps()[1]
 
     def _pruning_steps(self) -> tuple[int, int]:
@@ -181,29 +182,30 @@ class DistillConfig:
         return {"smoothing": self.smoothing} | ({"seed": self.seed} if self.scorer == "random" else {})
 
     def to_dict(self) -> dict:
-        """Plain values, as JSON and YAML hold them; `DistillConfig(**d)` makes the same config again."""
+        """Plain values for JSON and YAML; `DistillConfig(**d)` gives the same config."""
         return asdict(self) | {"betas": list(self.betas)}
 
     def _check_types(self) -> None:
-        """YAML gives 3e-4 as a string and no as False: name the field instead of failing later."""
-        for field in fields(self):
-            value, default = getattr(self, field.name), field.default
-            if field.name in ("target", "betas"):
+        """YAML reads 3e-4 as a string and no as False: name the field now instead of failing later."""
+        for each in fields(self):
+            value, default, least = getattr(self, each.name), each.default, each.metadata["least"]
+            if each.name in ("target", "betas"):
                 continue
             kinds = (int, float) if isinstance(default, float) else type(default)
-            if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
-                raise ValueError(f"{field.name} must be of type {type(default).__name__}; got {_short(value)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite; got {value}")
-            if isinstance(value, int) and not -LARGEST < value < LARGEST:
-                raise ValueError(f"{field.name} must be below {LARGEST:.0e}; got {_short(value)}")
-        if isinstance(self.target, bool) or not isinstance(self.target, (int, float, Widths)):
-            raise ValueError(f"target is a fraction or Widths; got {self.target!r}")
-        if isinstance(self.target, int):
+            matches = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+            _require(matches, f"{each.name} must be of type {type(default).__name__}; got {_short(value)}")
+            _require(not isinstance(value, float) or math.isfinite(value), f"{each.name} must be finite; got {value}")
+            small = not isinstance(value, int) or -LARGEST < value < LARGEST
+            _require(small, f"{each.name} must be below {LARGEST:.0e}; got {_short(value)}")
+            _require(least is None or value >= least, f"{each.name} must be at least {least}; got {value}")
+        if not isinstance(self.target, Widths):
+            number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
+            possible = number and 0 < self.target <= 1
+            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {_short(self.target)}")
             object.__setattr__(self, "target", float(self.target))
         pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
-        if not pair or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are two numbers in [0, 1); got {self.betas!r}")
+        valid = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
+        _require(valid, f"betas are two numbers in [0, 1); got {_short(self.betas)}")
         object.__setattr__(self, "betas", tuple(self.betas))
 
 
@@ -217,20 +219,9 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-LARGEST = 10**12  # beyond any whole number that a run could have; more overflows somewhere below
-# What a run may go on with changed: it says how the same numbers are had, not which.
-MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")
-_COUNTS = (
-    "steps",
-    "batch_size",
-    "multiple_of",
-    "prune_every",
-    "eval_every",
-    "eval_blocks",
-    "checkpoint_every",
-    "keep_last",
-)
-CHOICES = {  # the fields that name something, and the names there are
+LARGEST = 10**12  # larger integers overflow somewhere in a run
+MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")  # on resuming: they do not change the numbers
+CHOICES = {  # the values of fields that are names
     "initial": ("teacher", "random"),
     "schedule": tuple(SCHEDULES),
     "scorer": tuple(SCORERS),

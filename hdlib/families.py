@@ -1,11 +1,8 @@
-"""The families: for each architecture one short table of what every axis of every parameter counts.
+"""One table per family: which neurons the entries of each axis of each parameter belong to.
 
-A row is a parameter name pattern and the axes of that parameter; the first row that matches holds. An
-axis made of several blocks side by side, as in a fused query-key-value matrix, is a tuple of what each
-block counts. Everything else about an architecture (shapes, scales, ties) is asked of its stock class.
-
-A new family is one table here and its line in FAMILIES. Shapes: V vocabulary, H heads, D hidden width, F
-feed-forward width.
+A row maps a parameter name pattern to the axes of that parameter; the first matching row is used. A tuple stands for
+an axis that joins several blocks of equal length, as in a fused query-key-value matrix. Shapes, scales and ties come
+from the stock class. A new family is one table and one entry in FAMILIES. H heads, D hidden, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -13,33 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# What an axis can count. Hidden is one set for the whole model, the others are one set for each layer.
-HIDDEN = "hidden"  # D, the residual stream: written and read by all layers
-FFN = "ffn"  # F, the inner neurons of one feed-forward block
-QUERY = "query"  # H * head_dim: query dimension i only ever meets key dimension i, so the two are one group;
-KEY = "key"  # the queries absorb a change of the attention scale 1/sqrt(head_dim)
-VALUE = "value_output"  # H * head_dim: value dimension j only ever meets column j of the output matrix
-HEADS = "head_groups"  # where head dimensions must stay: a key/value head with the query heads it serves
-SHARED_HEADS = "heads"  # H, heads that are counted once for all layers: they go from all layers or from none
-EMBEDDING = "embedding"  # the embedding width: hidden where the config says they are equal, fixed where it differs
+# What an axis counts. HIDDEN and SHARED_HEADS are one set for the whole model, the others one set per layer.
+HIDDEN = "hidden"  # D, the residual stream
+FFN = "ffn"  # F, the inner neurons of a feed-forward block
+QUERY = "query"  # H * head_dim; a change of the attention scale 1/sqrt(head_dim) is folded into the queries
+KEY = "key"  # H * head_dim; query dimension i is multiplied by key dimension i only, so both form one group
+VALUE = "value_output"  # H * head_dim; value dimension j is multiplied by column j of the output matrix only
+HEADS = "head_groups"  # where head_dim is fixed: one key/value head with the query heads that share it
+SHARED_HEADS = "heads"  # H, for a parameter that has one entry per head for all layers
+EMBEDDING = "embedding"  # the embedding width: HIDDEN if the config makes the two equal, else FIXED
 FIXED = None  # vocabulary, positions, token types, classes, single head dimensions: never narrowed
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: what each axis of each parameter counts, and the few ways in which families differ."""
+    """The axis table of one architecture, and how it differs from a BERT."""
 
-    axes: Mapping[str, tuple]  # parameter name pattern -> what its axes count; the first match holds
-    causal: bool = False  # predicts the next token, not masked ones
-    base: str | None = None  # the module before the head, if it is not what the stock class calls its base model
-    ffn: str = "intermediate_size"  # what the config calls F
-    whole_heads: bool = False  # head dimensions stay (they are rotated, or normed, together), whole heads go
+    axes: Mapping[str, tuple]  # parameter name pattern to what each axis counts; the first match is used
+    causal: bool = False  # trained on next-token prediction, not on masked tokens
+    base: str | None = None  # the module below the head, if it is not the one at base_model_prefix
+    ffn: str = "intermediate_size"  # config name of F
     linked: bool = True  # the stock class computes head_dim = hidden / heads
-    divisible: bool = False  # not linked, but the stock config still wants hidden to be a multiple of heads
-    positions_after_padding: bool = False  # position numbers begin after that of the padding token
-    embedding: str | None = None  # what the config calls an embedding width that may differ from hidden
+    divisible: bool = False  # not linked, but the stock config requires hidden to be a multiple of heads
+    positions_after_padding: bool = False  # position numbers start after the padding token's id
+    embedding: str | None = None  # config name of an embedding width that may differ from hidden
     follows: tuple[str, ...] = ()  # other config entries that repeat the hidden width
-    fixed: Mapping[str, str] = field(default_factory=dict)  # widths that cannot change, and why
+    fixed: Mapping[str, str] = field(default_factory=dict)  # widths that cannot change (head_dim: whole heads go)
 
 
 def linear(name: str, out, into) -> dict[str, tuple]:
@@ -48,7 +44,7 @@ def linear(name: str, out, into) -> dict[str, tuple]:
 
 
 def conv1d(name: str, into, out) -> dict[str, tuple]:
-    """GPT-2's Conv1D, a linear layer with its weight transposed: (in, out), bias (out)."""
+    """GPT-2's Conv1D, a linear layer with a transposed weight: (in, out), bias (out)."""
     return {f"{name}.weight": (into, out), f"{name}.bias": (out,)}
 
 
@@ -60,7 +56,7 @@ def embedding(name: str, width=HIDDEN) -> dict[str, tuple]:
     return {f"{name}.weight": (FIXED, width)}
 
 
-# Heads for tasks: of stock class names, the same over all families.
+# The heads of the stock task classes, common to all families.
 TASKS = (
     linear("classifier", FIXED, HIDDEN)
     | linear("score", FIXED, HIDDEN)
@@ -70,22 +66,23 @@ TASKS = (
     | linear("*pooler.dense", HIDDEN, HIDDEN)
 )
 
-# --- masked language models
+WHOLE_HEADS = {"head_dim": "all dimensions of a head are rotated or normed together: remove whole heads"}
 
-_BERT_LAYER = (
-    linear("*.self.query", QUERY, HIDDEN)
+# EMBEDDING is the hidden width here, except in ELECTRA.
+_BERT_BODY = (
+    embedding("*embeddings.*_embeddings", EMBEDDING)
+    | linear("*.self.query", QUERY, HIDDEN)
     | linear("*.self.key", KEY, HIDDEN)
     | linear("*.self.value", VALUE, HIDDEN)
     | linear("*.attention.output.dense", HIDDEN, VALUE)
     | linear("*.intermediate.dense", FFN, HIDDEN)
     | linear("*.output.dense", HIDDEN, FFN)
+    | norm("*LayerNorm")
 )
 
 BERT = Family(
-    axes=embedding("*embeddings.*_embeddings")
-    | _BERT_LAYER
-    | norm("*LayerNorm")
-    # The transform feeds the decoder, which is tied to the embedding: its output is the same set.
+    axes=_BERT_BODY
+    # The transform's output is read by the decoder, which is tied to the embedding.
     | linear("cls.predictions.transform.dense", HIDDEN, HIDDEN)
     | embedding("cls.predictions.decoder")
     | {"cls.predictions*bias": (FIXED,)}
@@ -93,17 +90,14 @@ BERT = Family(
     | TASKS,
 )
 
-ROBERTA = Family(
-    positions_after_padding=True,
-    axes=embedding("*embeddings.*_embeddings")
-    | _BERT_LAYER
-    | norm("*LayerNorm")
-    | linear("lm_head.dense", HIDDEN, HIDDEN)
+_ROBERTA_HEAD = (
+    linear("lm_head.dense", HIDDEN, HIDDEN)
     | norm("lm_head.layer_norm")
     | linear("lm_head.decoder", FIXED, HIDDEN)
     | {"lm_head.bias": (FIXED,)}
-    | TASKS,
 )
+
+ROBERTA = Family(positions_after_padding=True, axes=_BERT_BODY | _ROBERTA_HEAD | TASKS)
 
 DISTILBERT = Family(
     ffn="hidden_dim",
@@ -124,12 +118,10 @@ DISTILBERT = Family(
 
 ELECTRA = Family(
     embedding="embedding_size",
-    axes=embedding("*embeddings.*_embeddings", EMBEDDING)
-    | norm("*embeddings.LayerNorm", EMBEDDING)
-    | linear("*embeddings_project", HIDDEN, EMBEDDING)
-    | _BERT_LAYER
+    axes=norm("*embeddings.LayerNorm", EMBEDDING)
     | norm("generator_predictions.LayerNorm", EMBEDDING)
-    | norm("*LayerNorm")
+    | linear("*embeddings_project", HIDDEN, EMBEDDING)
+    | _BERT_BODY
     | linear("generator_predictions.dense", EMBEDDING, HIDDEN)
     | linear("generator_lm_head", FIXED, EMBEDDING)
     | linear("discriminator_predictions.dense", HIDDEN, HIDDEN)
@@ -137,7 +129,7 @@ ELECTRA = Family(
     | TASKS,
 )
 
-# The layers of a group share their weights, so their neurons are one set, too. The embedding width stays.
+# All layers of a group share their weights, hence their neurons. The embedding width is fixed.
 ALBERT = Family(
     axes=embedding("*embeddings.*_embeddings", FIXED)
     | norm("*embeddings.LayerNorm", FIXED)
@@ -159,7 +151,7 @@ ALBERT = Family(
     | TASKS,
 )
 
-# The relative position bias has one entry for each head and is shared by the layers.
+# All layers share one relative position bias, which has one entry per head.
 MPNET = Family(
     positions_after_padding=True,
     axes={"*relative_attention_bias.weight": (FIXED, SHARED_HEADS)}
@@ -171,14 +163,11 @@ MPNET = Family(
     | linear("*.intermediate.dense", FFN, HIDDEN)
     | linear("*.output.dense", HIDDEN, FFN)
     | norm("*LayerNorm")
-    | linear("lm_head.dense", HIDDEN, HIDDEN)
-    | norm("lm_head.layer_norm")
-    | linear("lm_head.decoder", FIXED, HIDDEN)
-    | {"lm_head.bias": (FIXED,)}
+    | _ROBERTA_HEAD
     | TASKS,
 )
 
-# Positions are attended to as well: their queries and keys, shared with the words' or not, are scaled alike.
+# Relative positions have queries and keys too; they use the scale of the content queries.
 DEBERTA = Family(
     embedding="embedding_size",
     follows=("pooler_hidden_size",),
@@ -205,7 +194,7 @@ DEBERTA = Family(
 )
 
 MODERNBERT = Family(
-    whole_heads=True,
+    fixed=WHOLE_HEADS,
     axes=embedding("*embeddings.tok_embeddings")
     | linear("*.attn.Wqkv", (HEADS, HEADS, HEADS), HIDDEN)
     | linear("*.attn.Wo", HIDDEN, HEADS)
@@ -216,8 +205,6 @@ MODERNBERT = Family(
     | linear("decoder", FIXED, HIDDEN)
     | TASKS,
 )
-
-# --- causal language models
 
 GPT2 = Family(
     causal=True,
@@ -254,10 +241,10 @@ OPT = Family(
     | TASKS,
 )
 
-# Query, key and value of a head lie side by side, so a head is one run of rows of the fused matrix.
+# The fused matrix stores query, key and value of a head in adjacent rows, so a head is one block of rows.
 GPT_NEOX = Family(
     causal=True,
-    whole_heads=True,
+    fixed=WHOLE_HEADS,
     axes=embedding("*embed_in")
     | linear("*.attention.query_key_value", HEADS, HIDDEN)
     | linear("*.attention.dense", HIDDEN, HEADS)
@@ -268,32 +255,28 @@ GPT_NEOX = Family(
     | TASKS,
 )
 
-_LLAMA_AXES = (
-    embedding("*embed_tokens")
+LLAMA = Family(
+    causal=True,
+    fixed=WHOLE_HEADS,
+    linked=False,
+    divisible=True,
+    axes=embedding("*embed_tokens")
     | linear("*.self_attn.[qkv]_proj", HEADS, HIDDEN)
     | linear("*.self_attn.o_proj", HIDDEN, HEADS)
     | linear("*.mlp.gate_proj", FFN, HIDDEN)
     | linear("*.mlp.up_proj", FFN, HIDDEN)
     | linear("*.mlp.down_proj", HIDDEN, FFN)
-    | norm("*.self_attn.[qk]_norm", FIXED)  # over the dimensions of a head, the same for all heads
+    | norm("*.self_attn.[qk]_norm", FIXED)  # over the dimensions of one head, the same weights for all heads
     | norm("*norm")
     | embedding("lm_head")
-    | TASKS
+    | TASKS,
 )
 
-LLAMA = Family(causal=True, whole_heads=True, linked=False, divisible=True, axes=_LLAMA_AXES)
+MISTRAL = replace(LLAMA, divisible=False)  # also Qwen
 
-MISTRAL = replace(LLAMA, divisible=False)  # and Qwen
+GEMMA = replace(LLAMA, fixed=WHOLE_HEADS | {HIDDEN: "its tied embeddings are multiplied by sqrt(hidden_size)"})
 
-GEMMA = replace(
-    LLAMA,
-    fixed={
-        HIDDEN: "a stock Gemma multiplies its embeddings by sqrt(hidden_size), and they are tied to its output: "
-        "no weights of a narrower one give the same states"
-    },
-)
-
-# By the `model_type` of the config.
+# The keys are the `model_type` of the stock configs.
 FAMILIES = {
     "albert": ALBERT,
     "bert": BERT,

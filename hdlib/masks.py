@@ -1,10 +1,9 @@
-"""Masks, for what cannot be had by removing neurons: recovery, quotas over all layers, the dense baseline.
+"""Masks, for what narrowing cannot do: neurons that return, quotas over all layers, and the dense baseline.
 
-A masked neuron is still there but nobody reads it: the weights with which others read it are zero
-whenever the model computes, and norms take their statistics over the neurons that count. So a masked
-model computes what the narrowed one would, at the full price. The weights themselves wait beside, and
-where neurons may return they keep their gradients (straight through), so that a masked neuron competes
-with the others at the next ranking.
+A masked neuron stays in the model, but nothing reads it: during forward and backward the weights that multiply it are
+zero, and norms compute their statistics over the other neurons. So a masked model computes what the narrowed model
+would, at full cost. The weights are restored afterwards. Where neurons may return, these weights keep their gradients
+(straight through), so that masked neurons are ranked with the others at the next prune.
 """
 
 from __future__ import annotations
@@ -20,25 +19,22 @@ from transformers.pytorch_utils import Conv1D
 
 from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
 from .losses import DistillationLoss
-from .narrowing import check_scores, choose_among, narrow
-from .widths import QUERY_KEY, Widths, all_neurons, axes_of, layer_of_parameters, width_groups
+from .narrowing import check_scores, choose, narrow
+from .widths import QUERY_KEY, Widths, all_neurons, axes_of, source_layers, width_groups
 
-# The axis along which a module reads: its input.
-READING_AXIS = {nn.Linear: 1, Conv1D: 0, nn.Conv1d: 1}
+SCOPES = ("local", "global")
+INPUT_AXIS = {nn.Linear: 1, Conv1D: 0, nn.Conv1d: 1}  # the axis of a module's weight that multiplies its input
 
 
 class Masks:
-    """Which neurons of a model count; all of them at first.
+    """Which neurons of a model are kept and which are masked; at first all are kept.
 
     Args:
-        model: of a supported family. Its weights are only changed while `applied`.
-        loss: its projections read the residual stream, so they are masked along.
-        scope: "local", the same number of neurons in every layer (the paper's quota), or "global", the
-            neurons of all layers in one ranking for each kind of group: layers get widths of their own.
-        recover: neurons that were masked may return when neurons are chosen again.
-
-    Raises:
-        ValueError: an unknown scope.
+        model: of a supported family. Its weights are changed while `applied` is open only.
+        loss: its projections read the residual stream, so they are masked too.
+        scope: "local", the same number of neurons in every layer (as in the paper), or "global", one ranking over
+            all layers for each kind of group; layers then have different widths. ValueError for another scope.
+        recover: masked neurons may return at the next `choose`.
     """
 
     def __init__(
@@ -52,69 +48,57 @@ class Masks:
         self.kept = all_neurons(model)
 
     def choose(self, widths: Widths, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let the highest scores count, as many as `widths` says; returns them, as `hdlib.narrow` does.
+        """Keep the highest scores, as many as `widths` gives, and mask the others; returns those kept.
 
-        Without recovery the choice is among the neurons that still count.
+        Without recovery, masked neurons stay masked. Scores, result and errors as for `hdlib.narrow`.
         """
         check_scores(self._groups, scores)
         if self.scope == "global":
             self.kept |= self._choose_globally(widths, scores)
-        elif self.recover:
-            chosen = choose_among(scores, Widths.of(self.model), widths, layer_of_parameters(self.model))
-            self.kept = {name: indices.cpu() for name, indices in chosen.items()}
         else:
-            left = {name: score[self.kept[name]] for name, score in scores.items()}
-            chosen = choose_among(left, self.widths, widths, layer_of_parameters(self.model))
-            self.kept = {name: self.kept[name][indices.cpu()] for name, indices in chosen.items()}
+            wide = Widths.of(self.model) if self.recover else self.widths
+            candidates = all_neurons(self.model) if self.recover else self.kept
+            left = {name: score[candidates[name].to(score.device)] for name, score in scores.items()}
+            chosen = choose(left, wide, widths, source_layers(self.model))
+            self.kept = {name: candidates[name][indices.cpu()] for name, indices in chosen.items()}
         self.widths = widths
         self._pair_heads()
         return self.kept
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While this is open, forward and backward are those of the masked model. Close it before the optimiser."""
+        """Make forward and backward those of the masked model while open. Close it before the optimiser's step."""
         with ExitStack() as stack:
-            hidden = self.kept.get(HIDDEN)
-            if hidden is not None and len(hidden) < self.model.config.hidden_size:
-                for hook in self._mask_norms(hidden):
-                    stack.callback(hook.remove)
-            hidden_away = [
-                (parameter, axis, out, _zero(parameter, axis, out)) for parameter, axis, out in self._reading()
-            ]
-            try:
-                yield
-            finally:
-                # Backwards: what two of them have in common was still there when the first was hidden.
-                for parameter, axis, out, values in reversed(hidden_away):
-                    _put_back(parameter, axis, out, values)
+            for hook in self._mask_norms():
+                stack.callback(hook.remove)
+            for parameter, axis, indices in self._masked_weights():
+                stack.enter_context(_zeroed(parameter, axis, indices))
+            yield
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Without recovery, what is masked has no gradient, as if it were not there."""
+        """Without recovery, set the gradients of masked weights to 0, as if these were removed."""
         if not self.recover:
-            for parameter, axis, out in self._reading():
+            for parameter, axis, indices in self._masked_weights():
                 if parameter.grad is not None:
-                    parameter.grad.index_fill_(axis, out, 0.0)
+                    parameter.grad.index_fill_(axis, indices, 0.0)
 
     def export(self) -> None:
-        """Remove from the model what is masked, so that it is a stock model of the masked one's behaviour.
+        """Remove the masked neurons, so that the model is a stock model with the same outputs.
 
         Raises:
-            ValueError: after a global quota, since no stock class has layers of different widths.
+            ValueError: scope "global", since no stock class has layers of different widths.
         """
         if self.scope == "global":
             raise ValueError(
-                "neurons were ranked over all layers (scope='global'), so layers have different widths, which no stock "
-                "class can hold: such a student exists under its masks only. scope='local' gives one that can be saved"
+                "scope='global' ranks neurons over all layers, so layers have different widths, which no stock class "
+                "can hold. Such a student exists under its masks only; scope='local' gives one that can be saved"
             )
-        chosen = {
-            name: torch.zeros(group.size).index_fill(0, self.kept[name].cpu(), 1.0)
-            for name, group in self._groups.items()
-        }
-        narrow(self.model, self.widths, chosen)
+        sizes = {name: group.size for name, group in self._groups.items()}
+        narrow(self.model, self.widths, {n: torch.zeros(s).index_fill(0, self.kept[n], 1.0) for n, s in sizes.items()})
 
     def num_parameters(self) -> int:
-        """Of the model without what is masked."""
+        """The number of parameters without masked neurons."""
 
         def length(size: int, blocks) -> int:
             return size if blocks is None else sum(len(self.kept[block.group]) * block.unit for block in blocks)
@@ -126,7 +110,8 @@ class Masks:
         return {"kept": self.kept, "widths": vars(self.widths)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.kept, self.widths = dict(state["kept"]), Widths(**state["widths"])
+        self.kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
+        self.widths = Widths(**state["widths"])
         self._pair_heads()
 
     def _pair_heads(self) -> None:
@@ -146,74 +131,60 @@ class Masks:
             for name in members:
                 score = scores[name].double().clone()
                 if not self.recover:
-                    left = self.kept[name].to(score.device)
-                    score = torch.full_like(score, -1.0).index_copy(0, left, score[left])
-                score[score.argmax()] += torch.finfo(torch.float64).max / 2  # the best of each layer stays
+                    score[_complement(self.kept[name], len(score)).to(score.device)] = -1.0
+                score[score.argmax()] += torch.finfo(torch.float64).max / 2  # the best of each layer is kept
                 ranked.append(score)
             highest = torch.cat(ranked).sort(descending=True, stable=True).indices[: count * len(members)]
-            counts = torch.zeros(sum(map(len, ranked)), dtype=torch.bool).index_fill(0, highest.cpu(), True)
-            parts = counts.split([len(score) for score in ranked])
-            kept |= {name: part.nonzero()[:, 0] for name, part in zip(members, parts, strict=True)}
+            is_kept = torch.zeros(sum(map(len, ranked)), dtype=torch.bool).index_fill(0, highest.cpu(), True)
+            layers = is_kept.split([len(score) for score in ranked])
+            kept |= {name: layer.nonzero()[:, 0] for name, layer in zip(members, layers, strict=True)}
         return kept
 
-    def _reading(self) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-        """(parameter, axis, indices): with what masked neurons are read. A query is read by its key."""
-        read = {(self.model.get_input_embeddings().weight, 1)}  # by the output, where the two are tied
+    def _masked_weights(self) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+        """(parameter, axis, indices) of the weights that multiply masked neurons; for a query, its key is masked."""
+        inputs = {(self.model.get_input_embeddings().weight, 1)}  # the output layer's weight too, where tied
         for module in self.model.modules():
-            read |= {(module.weight, axis) for kind, axis in READING_AXIS.items() if isinstance(module, kind)}
+            inputs |= {(module.weight, axis) for kind, axis in INPUT_AXIS.items() if isinstance(module, kind)}
         for name, axes in self._axes.items():
             parameter = self.model.get_parameter(name)
             for axis, blocks in enumerate(axes):
-                keys = any(block.group.endswith(QUERY_KEY) and not block.scaled for block in blocks or ())
-                if blocks and (keys or (parameter, axis) in read):
-                    out = self._masked_places(blocks, keys_only=(parameter, axis) not in read)
-                    if len(out):
-                        yield parameter, axis, out.to(parameter.device)
+                is_input = (parameter, axis) in inputs
+                read = [b for b in blocks or () if is_input or (b.group.endswith(QUERY_KEY) and not b.scaled)]
+                masked = [block.indices(_complement(self.kept[block.group], block.size)) for block in read]
+                if any(map(len, masked)):
+                    yield parameter, axis, torch.cat(masked).to(parameter.device)
         if self.loss is not None and HIDDEN in self._groups:
-            out = _complement(self.kept[HIDDEN], self._groups[HIDDEN].size)
-            if len(out):
-                yield from ((projection, 0, out.to(projection.device)) for projection in self.loss.parameters())
+            hidden = _complement(self.kept[HIDDEN], self._groups[HIDDEN].size)
+            for projection in self.loss.parameters() if len(hidden) else ():
+                yield projection, 0, hidden.to(projection.device)
 
-    def _masked_places(self, blocks, keys_only: bool) -> Tensor:
-        """Where masked neurons lie on an axis; of a fused query-key-value matrix, where their keys do."""
-
-        def counted(block) -> Tensor:
-            everything = keys_only and (block.scaled or not block.group.endswith(QUERY_KEY))
-            return torch.arange(block.size) if everything else self.kept[block.group].cpu()
-
-        starts, start = [], 0
-        for block in blocks:
-            starts.append(start + block.places(counted(block)))
-            start += block.size * block.unit
-        return _complement(torch.cat(starts), start)
-
-    def _mask_norms(self, hidden: Tensor) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Norms over the residual stream take their statistics over the neurons that count."""
-        width, counts = self.model.config.hidden_size, hidden.to(self.model.device)
-        of_stream = {name for name, axes in self._axes.items() if len(axes) == 1 and axes[0] and _is_hidden(axes[0])}
+    def _mask_norms(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Let norms over the residual stream compute their statistics over the kept neurons."""
+        width, kept = self.model.config.hidden_size, self.kept.get(HIDDEN)
+        if kept is None or len(kept) == width:
+            return
+        kept = kept.to(self.model.device)
+        of_stream = {name for name, axes in self._axes.items() if [axis and axis[0].group for axis in axes] == [HIDDEN]}
         for name, module in self.model.named_modules():
             plain = isinstance(module, nn.LayerNorm) and module.weight is None and module.normalized_shape == (width,)
             if plain or (isinstance(module, nn.LayerNorm) and f"{name}.weight" in of_stream):
-                yield module.register_forward_hook(_masked_layer_norm(counts))
+                yield module.register_forward_hook(_masked_layer_norm(kept))
             elif f"{name}.weight" in of_stream:  # a root mean square norm
-                before, after = _masked_rms_norm(counts)
+                before, after = _masked_rms_norm(kept)
                 yield module.register_forward_pre_hook(before)
                 yield module.register_forward_hook(after)
 
 
-SCOPES = ("local", "global")
-
-
 def applied(masks: Masks | None) -> AbstractContextManager:
-    """`masks.applied()`, or nothing where neurons are removed instead."""
+    """`masks.applied()`, or nothing if neurons are removed instead of masked."""
     return masks.applied() if masks is not None else nullcontext()
 
 
-def _masked_layer_norm(counts: Tensor):
-    """Mean and variance over the neurons that count: with zeroed coordinates among them both would shrink."""
+def _masked_layer_norm(kept: Tensor):
+    """Mean and variance over the kept neurons; masked ones, being 0, would lower both."""
 
     def hook(norm: nn.LayerNorm, inputs, _output):
-        counted = inputs[0][..., counts]
+        counted = inputs[0][..., kept]
         mean = counted.mean(-1, keepdim=True)
         variance = (counted - mean).square().mean(-1, keepdim=True)
         normed = (inputs[0] - mean) / (variance + norm.eps).sqrt()
@@ -224,37 +195,31 @@ def _masked_layer_norm(counts: Tensor):
     return hook
 
 
-def _masked_rms_norm(counts: Tensor):
-    """The mean square over the neurons that count: inputs are scaled so that the module finds just that one.
-
-    Whatever else the module does is its own affair, and linear in the states that it is given.
-    """
+def _masked_rms_norm(kept: Tensor):
+    """Scale the input so that its mean square over all neurons is that of the kept ones; undo it on the output."""
     ratios = []
 
     def before(_norm, inputs):
         states = inputs[0]
-        counted = states[..., counts].square().mean(-1, keepdim=True)
+        counted = states[..., kept].square().mean(-1, keepdim=True)
         ratios.append((counted / states.square().mean(-1, keepdim=True)).sqrt())
         return states * ratios[-1], *inputs[1:]
 
     return before, lambda _norm, _inputs, output: output / ratios.pop()
 
 
-def _is_hidden(blocks) -> bool:
-    return len(blocks) == 1 and blocks[0].group == HIDDEN
-
-
 def _complement(indices: Tensor, size: int) -> Tensor:
-    return torch.ones(size, dtype=torch.bool).index_fill(0, indices.cpu(), False).nonzero()[:, 0]
+    return torch.ones(size, dtype=torch.bool).index_fill(0, indices, False).nonzero()[:, 0]
 
 
-@torch.no_grad()
-def _zero(parameter: nn.Parameter, axis: int, indices: Tensor) -> Tensor:
-    values = parameter.index_select(axis, indices)
-    parameter.index_fill_(axis, indices, 0.0)
-    return values
-
-
-@torch.no_grad()
-def _put_back(parameter: nn.Parameter, axis: int, indices: Tensor, values: Tensor) -> None:
-    parameter.index_copy_(axis, indices, values)
+@contextmanager
+def _zeroed(parameter: nn.Parameter, axis: int, indices: Tensor) -> Iterator[None]:
+    """Set part of a parameter to 0 in place while open."""
+    with torch.no_grad():
+        values = parameter.index_select(axis, indices)
+        parameter.index_fill_(axis, indices, 0.0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.index_copy_(axis, indices, values)

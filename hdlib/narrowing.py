@@ -1,9 +1,8 @@
-"""Choose neurons and remove them, so that what is left is an ordinary, smaller model.
+"""Choose neurons and remove the others, so that an ordinary, smaller model remains.
 
-Narrowing replaces every parameter that holds a removed neuron by a smaller one and slices the
-optimiser's moments with it. The stock constructor stays the authority on everything else: it is asked
-for an empty model of the new shape, its parameter shapes must be those obtained, and what it derives
-from the widths (feature counts, head sizes, the attention scale) is taken over from it.
+Narrowing replaces every parameter that holds a removed neuron by a smaller one and slices the optimiser's moments with
+it. Everything else follows the stock constructor. It builds an empty model of the new shape, whose parameter shapes
+must equal the result. The values it derives from the widths (feature counts, attention scale) are copied.
 """
 
 from __future__ import annotations
@@ -11,22 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
-from .widths import (
-    QUERY_KEY,
-    Axis,
-    UnsupportedArchitecture,
-    Widths,
-    axes_of,
-    layer_of_parameters,
-    set_widths,
-    width_groups,
-)
+from .widths import QUERY_KEY, Axis, UnsupportedArchitecture, Widths, axes_of, set_widths, source_layers, width_groups
 
 
 @torch.no_grad()
@@ -36,115 +27,101 @@ def narrow(
     scores: dict[str, Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Tensor]:
-    """Remove neurons from a model in place, until it has the widths asked for.
+    """Remove neurons from a model in place, until it has the given widths.
 
-    The highest scores stay (the lower index on a tie), or the first neurons where no scores are given;
-    whole heads go by the sum of their dimensions. Order is kept, ties stay ties. Where head dimensions
-    go, the queries are multiplied by sqrt(new / old), so that the stock model's attention scores are
-    those of the same neurons at the old scale; their gradients and moments are converted with them.
+    The highest scores are kept (the lower index on a tie), or the first neurons where no scores are given. Whole
+    heads are ranked by the sum over their dimensions. The order of neurons and all ties are preserved. Where head_dim
+    changes, queries are multiplied by sqrt(new / old), so that the attention scores of the kept neurons do not
+    change; gradients and moments of the queries are converted accordingly.
 
     Args:
         model: a Hugging Face model of a supported family; changed in place.
-        widths: the shape to reach; what it leaves out stays as it is.
-        scores: group name to a vector of importances, at least 0, one for each neuron of the group.
-        optimizer: any optimiser over the model's parameters; they are re-pointed and its state sliced.
+        widths: the new shape; a width that is None stays as it is.
+        scores: group name to a vector of importances, at least 0, one per neuron of the group.
+        optimizer: an optimiser of the model's parameters; it receives the new ones, and its state is sliced.
 
     Returns:
-        What was kept: group name to sorted indices into the group as it was, and for each layer
-        "layer.l.heads" besides, the query heads that stay.
+        Group name to the sorted indices of the kept neurons, in the numbering before this call; also
+        "layer.l.heads", the kept query heads of layer l.
 
     Raises:
         ValueError: an impossible shape; scores that are missing, of the wrong length or not finite; weights
-            that cannot be sliced (quantised, sharded, on the meta device). Nothing has been touched then.
+            that cannot be sliced (quantised, sharded, on the meta device). The model is unchanged.
         UnsupportedArchitecture: no table for this family, or a model that is not in its stock form.
     """
-    axes, old, new = axes_of(model), Widths.of(model), widths.resolved(model)
+    axes, groups = axes_of(model), width_groups(model)
+    old, new = Widths.of(model), widths.resolved(model)
     stock = check_narrowable(model, new)
-    kept = choose(model, new, scores)
+    scores = {name: torch.zeros(group.size) for name, group in groups.items()} if scores is None else scores
+    check_scores(groups, scores)
+    kept = choose(scores, old, new, source_layers(model))
     _check_shapes(model, stock, axes, kept)
     _check_optimizer(model, optimizer)
-    scale = _attention_scale(model, old, new)
+    # A GPT-2 may not scale its attention.
+    scale = math.sqrt(new.head_dim / old.head_dim) if getattr(model.config, "scale_attn_weights", True) else 1.0
     sites = _sites(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.shape != stock.get_parameter(name).shape:
             _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
     set_widths(model, model.config, new)
-    _take_over_derived_attributes(model, stock)
+    _copy_derived_attributes(model, stock)
     return kept
 
 
-def choose(model: PreTrainedModel, widths: Widths, scores: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The neurons that stay: group name to sorted indices (see `narrow`). Changes nothing."""
-    groups = width_groups(model)
-    if scores is None:
-        scores = {name: torch.zeros(group.size) for name, group in groups.items()}
-    check_scores(groups, scores)
-    return choose_among(scores, Widths.of(model), widths, layer_of_parameters(model))
-
-
-def choose_among(scores: dict[str, Tensor], wide: Widths, narrow: Widths, layers: list[int]) -> dict[str, Tensor]:
-    """`choose`, from the scores alone: those of a shape `wide`, of which `narrow` stays."""
-    counts = {HIDDEN: narrow.hidden, FFN: narrow.ffn}
-    shared = _scores_of_shared_heads(scores, wide)
-    kept = {}
+def choose(scores: dict[str, Tensor], wide: Widths, narrow: Widths, layers: list[int]) -> dict[str, Tensor]:
+    """The neurons that `narrow` keeps of a model of shape `wide`; `layers` is the result of `source_layers`."""
+    counts, by_head, kept = {HIDDEN: narrow.hidden, FFN: narrow.ffn}, _scores_of_shared_heads(scores, wide), {}
     for name, score in scores.items():
         kind = name.rpartition(".")[2]
         if kind in counts:
             kept[name] = _highest(score, counts[kind])
         elif kind == HEADS:
-            shared_by = wide.heads // len(score)  # query heads to a key/value head
+            shared_by = wide.heads // len(score)  # query heads per key/value head
             kept[name] = _highest(score, narrow.heads // shared_by)
-            kept[_beside(name, SHARED_HEADS)] = _spread(kept[name], shared_by)
+            heads = kept[name][:, None] * shared_by + torch.arange(shared_by, device=score.device)
+            kept[_beside(name, SHARED_HEADS)] = heads.flatten()
         elif kind == QUERY_KEY:
-            kept |= _choose_inside_heads(name, scores, wide, narrow, shared)
+            kept |= _choose_inside_heads(name, scores, wide, narrow, by_head)
     if SHARED_HEADS in scores:
         kept[SHARED_HEADS] = kept["layer.0.heads"]
     heads = [kept[f"layer.{layer}.heads"] for layer in layers]
     return kept | {f"layer.{layer}.heads": each for layer, each in enumerate(heads)}
 
 
-def _choose_inside_heads(query_key: str, scores, wide: Widths, narrow: Widths, shared: Tensor | None):
-    """Heads of one layer, and dimensions inside each of them.
-
-    The query/key and the value/output dimensions of a head go or stay with the head, but inside it
-    each of the two has a ranking of its own.
-    """
-    pairs = {name: scores[name].reshape(wide.heads, wide.head_dim) for name in (query_key, _beside(query_key, VALUE))}
-    by_head = sum(score.sum(1) for score in pairs.values()) if shared is None else shared  # (H,)
-    heads = _highest(by_head, narrow.heads)
-    kept = {_beside(query_key, SHARED_HEADS): heads}
-    for name, score in pairs.items():
-        inside = score[heads].sort(dim=1, descending=True, stable=True).indices  # (heads, head_dim)
-        inside = inside[:, : narrow.head_dim].sort(dim=1).values
-        kept[name] = (heads[:, None] * wide.head_dim + inside).flatten()
-    return kept
-
-
 def _scores_of_shared_heads(scores: dict[str, Tensor], wide: Widths) -> Tensor | None:
-    """Where all layers must keep the same heads: what each head is worth in all of them together, (H,)."""
+    """The scores of heads over all layers, (heads,), where all layers must keep the same heads; else None."""
     if SHARED_HEADS not in scores:
         return None
     inside = [score for name, score in scores.items() if name.endswith((QUERY_KEY, VALUE))]
     return scores[SHARED_HEADS] + sum(score.reshape(wide.heads, wide.head_dim).sum(1) for score in inside)
 
 
+def _choose_inside_heads(query_key: str, scores, wide: Widths, narrow: Widths, by_head: Tensor | None):
+    """The kept heads of one layer; inside each, query/key and value/output dimensions are ranked separately."""
+    pairs = {name: scores[name].reshape(wide.heads, wide.head_dim) for name in (query_key, _beside(query_key, VALUE))}
+    by_head = sum(score.sum(1) for score in pairs.values()) if by_head is None else by_head  # (heads,)
+    heads = _highest(by_head, narrow.heads)
+    kept = {_beside(query_key, SHARED_HEADS): heads}
+    for name, score in pairs.items():
+        inside = score[heads].sort(dim=1, descending=True, stable=True).indices  # (heads kept, head_dim)
+        inside = inside[:, : narrow.head_dim].sort(dim=1).values
+        kept[name] = (heads[:, None] * wide.head_dim + inside).flatten()
+    return kept
+
+
 def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
-    """The kept slices of a tensor along each of its axes, contiguous; the tensor itself where all stay."""
+    """The kept slices of a tensor along each of its axes, contiguous; the tensor itself where all are kept."""
     for axis, blocks in enumerate(axes):
         if blocks is not None:
-            stay = places(blocks, kept)
-            if len(stay) < tensor.shape[axis]:
-                tensor = tensor.index_select(axis, stay.to(tensor.device))
+            indices = kept_indices(blocks, kept)
+            if len(indices) < tensor.shape[axis]:
+                tensor = tensor.index_select(axis, indices.to(tensor.device))
     return tensor.contiguous()
 
 
-def places(blocks: Axis, kept: dict[str, Tensor]) -> Tensor:
-    """Where on an axis the kept neurons lie."""
-    if len(blocks) == 1:
-        return blocks[0].places(kept[blocks[0].group])
-    ends = torch.tensor([block.size * block.unit for block in blocks]).cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
-    return torch.cat([start + block.places(kept[block.group]) for start, block in zip(starts, blocks, strict=True)])
+def kept_indices(blocks: Axis, kept: dict[str, Tensor]) -> Tensor:
+    """The indices of an axis that the kept neurons own, in order."""
+    return torch.cat([block.indices(kept[block.group]) for block in blocks])
 
 
 def replace_parameter(
@@ -153,63 +130,53 @@ def replace_parameter(
     sites: list[tuple[nn.Module, str]],
     optimizer: torch.optim.Optimizer | None,
     take: Callable[[Tensor], Tensor],
-    factor: Tensor | float = 1.0,
+    factor: Tensor | None = None,
 ) -> None:
-    """Put a smaller parameter where an old one was: in every module that holds it, and in the optimiser.
+    """Replace a parameter by a smaller one, in every module that holds it and in the optimiser.
 
-    A new nn.Parameter is needed: autograd keeps the old shape of a tensor whose data is exchanged in
-    place. For a parameter multiplied by `factor` the gradient is divided by it, so Adam's first moment
-    is too, and its second by the square: the next update is the one that would have come.
+    It must be a new nn.Parameter: autograd keeps the old shape of a tensor whose data is replaced in place. Where
+    the new values were multiplied by `factor`, the gradient and Adam's first moment are divided by it and the
+    second moment by its square.
     """
     for module, name in sites:
         module._parameters[name] = new
     if old.grad is not None:
-        new.grad = _divided(take(old.grad), factor)
+        new.grad = _divided(take(old.grad), factor, 1)
     if optimizer is None:
         return
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is not None:
-        powers = dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2)
-        optimizer.state[new] = {
-            key: _divided(take(value), factor ** powers.get(key, 1))
-            if torch.is_tensor(value) and value.shape == old.shape
-            else value
-            for key, value in state.items()
-        }
+    if old not in optimizer.state:
+        return
+    powers = dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2)
+    state = optimizer.state[new] = optimizer.state.pop(old)
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.shape == old.shape:
+            state[key] = _divided(take(value), factor, powers.get(key, 1))
 
 
 def _narrow_parameter(parameter: nn.Parameter, sites, axes, kept, scale: float, optimizer) -> None:
-    def kept_slices(tensor: Tensor) -> Tensor:
-        return take(tensor, axes, kept)
-
-    factor = _folded_scale(axes, kept, scale)
-    data = kept_slices(parameter.data)
+    kept_slices = partial(take, axes=axes, kept=kept)
+    data, factor = kept_slices(parameter.data), _query_factor(axes, kept, scale)
     if factor is not None:
-        data.mul_(factor.to(data))
+        factor = factor.to(data)
+        data.mul_(factor)
     smaller = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    replace_parameter(parameter, smaller, sites, optimizer, kept_slices, 1.0 if factor is None else factor.to(data))
+    replace_parameter(parameter, smaller, sites, optimizer, kept_slices, factor)
 
 
-def _folded_scale(axes: tuple[Axis, ...], kept, scale: float) -> Tensor | None:
-    """What a narrowed parameter is multiplied by, so that it fits in shape: `scale` where queries are, else 1."""
+def _query_factor(axes: tuple[Axis, ...], kept, scale: float) -> Tensor | None:
+    """The factor of a narrowed parameter, in a shape that broadcasts: `scale` for queries, else 1. None: no queries."""
     for axis, blocks in enumerate(axes):
         if scale != 1.0 and any(block.scaled for block in blocks or ()):
-            factors = [scale if block.scaled else 1.0 for block in blocks]
-            lengths = [len(kept[block.group]) * block.unit for block in blocks]
-            along = torch.cat([torch.full((n,), c, dtype=torch.float64) for n, c in zip(lengths, factors, strict=True)])
-            return along.reshape([-1 if other == axis else 1 for other in range(len(axes))])
+            factors = torch.tensor([scale if block.scaled else 1.0 for block in blocks], dtype=torch.float64)
+            lengths = torch.tensor([len(kept[block.group]) * block.unit for block in blocks])
+            return factors.repeat_interleave(lengths).reshape([-1 if n == axis else 1 for n in range(len(axes))])
     return None
 
 
-def _attention_scale(model: PreTrainedModel, old: Widths, new: Widths) -> float:
-    """What queries must be multiplied by: 1 where the stock class does not scale by 1/sqrt(head_dim) (a GPT-2 can)."""
-    return math.sqrt(new.head_dim / old.head_dim) if getattr(model.config, "scale_attn_weights", True) else 1.0
-
-
-def _divided(tensor: Tensor, factor: Tensor | float) -> Tensor:
-    return tensor if isinstance(factor, float) and factor == 1.0 else tensor / factor
+def _divided(tensor: Tensor, factor: Tensor | None, power: int) -> Tensor:
+    return tensor if factor is None else tensor / factor**power
 
 
 def _beside(name: str, kind: str) -> str:
@@ -217,12 +184,8 @@ def _beside(name: str, kind: str) -> str:
     return f"{name.rpartition('.')[0]}.{kind}"
 
 
-def _spread(neurons: Tensor, unit: int) -> Tensor:
-    return (neurons[:, None] * unit + torch.arange(unit, device=neurons.device)).flatten()
-
-
 def _highest(scores: Tensor, count: int) -> Tensor:
-    """The sorted indices of the `count` highest scores; on a tie the lower index stays."""
+    """The sorted indices of the `count` highest scores; on a tie the lower index is kept."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
@@ -237,15 +200,15 @@ def _sites(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
 
 
 def empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """A model of the new shape as the stock constructor builds it, without memory for its weights."""
+    """A model of these widths from the stock constructor, without memory for its weights."""
     config = deepcopy(model.config)
     set_widths(model, config, widths)
     with torch.device("meta"):
         return type(model)(config)
 
 
-def _take_over_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
-    """Copy every plain number that the stock constructor derived from the widths: in_features, scaling, ..."""
+def _copy_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
+    """Copy every plain number that the stock constructor derives from the widths: in_features, scaling, ..."""
     for module, fresh in zip(model.modules(), stock.modules(), strict=True):
         for name, value in vars(fresh).items():
             if type(value) in (int, float, tuple, torch.Size):
@@ -253,57 +216,53 @@ def _take_over_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
 
 
 def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Refuse a model of which slices could not really be taken; returns an empty stock model of the new shape.
+    """Check that the weights can be sliced; returns an empty stock model of the new shape.
 
     Raises:
         ValueError: weights that are quantised, sharded or on the meta device.
-        UnsupportedArchitecture: other parameters than the stock class has.
+        UnsupportedArchitecture: other parameters than those of the stock class.
     """
     if getattr(model, "is_quantized", False):
-        raise ValueError("the model is quantised, and its weights cannot be sliced: load it in float32 or bfloat16")
+        raise ValueError("the model is quantised and cannot be sliced: load it in float32 or bfloat16")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device: its weights are offloaded or not loaded yet. Load the model into memory"
-            )
+            raise ValueError(f"{name} is on the meta device, offloaded or not loaded yet: load the model into memory")
         if type(parameter.data) is not Tensor or not parameter.is_floating_point():
             raise ValueError(
                 f"{name} is a {type(parameter.data).__name__} of {parameter.dtype}, quantised or sharded, and cannot "
-                "be sliced: load the model whole and in float32 or bfloat16"
+                "be sliced: load the whole model in float32 or bfloat16"
             )
     stock = empty_stock_model(model, widths)
     differ = dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys()
     if differ:
         raise UnsupportedArchitecture(
-            f"this model and a stock {type(model).__name__} do not have the same parameters: "
-            f"{', '.join(sorted(differ))}. Ties that were cut or made, or layers that were exchanged (as quantisation "
-            "does), must be undone first"
+            f"the parameters of this model and of a stock {type(model).__name__} differ: {', '.join(sorted(differ))}. "
+            "Restore ties between weights and layers that were replaced, as by quantisation"
         )
     return stock
 
 
 def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: dict[str, Tensor]) -> None:
-    """The stock constructor's word on what must come out."""
+    """Compare the shapes that narrowing will give with those of the stock constructor."""
     for name, parameter in model.named_parameters():
         blocks = zip(axes[name], parameter.shape, strict=True)
-        shape = tuple(size if axis is None else len(places(axis, kept)) for axis, size in blocks)
-        if shape != stock.get_parameter(name).shape:
+        shape = tuple(size if axis is None else len(kept_indices(axis, kept)) for axis, size in blocks)
+        expected = tuple(stock.get_parameter(name).shape)
+        if shape != expected:
             raise UnsupportedArchitecture(
-                f"{name} would become {shape}, but is {tuple(stock.get_parameter(name).shape)} in a stock "
-                f"{type(model).__name__} of these widths"
+                f"{name} would have shape {shape}, but {expected} in a stock {type(model).__name__} of these widths: "
+                "correct its row in hdlib/families.py"
             )
 
 
 def check_scores(groups, scores: dict[str, Tensor]) -> None:
     for name, group in groups.items():
         if name not in scores:
-            raise ValueError(f"no scores for the width group {name!r}; every group needs them: {sorted(groups)}")
+            raise ValueError(f"no scores for the width group {name!r}: pass scores for every group of width_groups")
         if tuple(scores[name].shape) != (group.size,):
-            raise ValueError(
-                f"scores of {name!r} have shape {tuple(scores[name].shape)}, the group {group.size} neurons"
-            )
+            raise ValueError(f"scores of {name!r} have shape {tuple(scores[name].shape)}: it must be ({group.size},)")
         if not torch.isfinite(scores[name]).all():
-            raise ValueError(f"scores of {name!r} are not all finite: the gradients they come from were not")
+            raise ValueError(f"scores of {name!r} are not all finite: check the gradients they were computed from")
 
 
 def _check_optimizer(model: nn.Module, optimizer) -> None:
@@ -312,12 +271,10 @@ def _check_optimizer(model: nn.Module, optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:
-            raise ValueError(
-                f"the optimiser does not hold the trainable parameter {name}: pass the one that trains this model"
-            )
+            raise ValueError(f"the optimiser does not hold the trainable parameter {name}: pass this model's optimiser")
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.numel() > 1 and value.shape != parameter.shape:
                 raise ValueError(
-                    f"the optimiser's state {key!r} of {name} has shape {tuple(value.shape)}, which does not follow "
-                    "the neurons: take one whose state has the parameters' shapes, as AdamW or SGD"
+                    f"the optimiser's state {key!r} of {name} has shape {tuple(value.shape)}, not its parameter's, and "
+                    "cannot be sliced: use an optimiser such as AdamW or SGD"
                 )

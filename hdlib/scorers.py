@@ -1,8 +1,8 @@
-"""Importance of neurons, read off weights and gradients after a backward.
+"""Importance of neurons, computed from weights and gradients after a backward pass.
 
-A scorer turns each parameter into element scores of its own shape and sums them over everything that
-one neuron owns: all slices of its width group, in all matrices. `update` belongs after the backward
-and before clipping and the optimiser step, so that weights and gradients belong together.
+A scorer gives every element theta of every parameter a score, with g = dL/dtheta the gradient of the total loss. The
+score of a neuron is the sum over all elements it owns: the slices of its width group. Call `update` after the backward
+pass and before gradient clipping and the optimiser's step, while weights and gradients belong together.
 """
 
 from __future__ import annotations
@@ -15,37 +15,42 @@ from transformers import PreTrainedModel
 
 from .fused import pieces
 from .narrowing import take
-from .widths import Axis, axes_of, narrowed_axis
+from .widths import Axis, axes_of, width_groups
 
 
 class Scorer:
-    """The interface: `update(model)` after each backward, `scores()` when neurons are to be chosen."""
+    """The interface: `update(model)` after each backward pass, `scores()` before each prune.
+
+    Scores are moving averages over updates: beta * average + (1 - beta) * new, with beta = `smoothing`.
+    """
 
     def __init__(self, smoothing: float = 0.85):
-        _check_fraction("smoothing", smoothing)
-        self.smoothing = smoothing
+        self.smoothing = _fraction("smoothing", smoothing)
         self._averages: dict[str, Tensor] = {}
 
     def element(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The score of every element of one parameter, in its shape."""
+        """The score of each element of a parameter, in its shape."""
         raise NotImplementedError
 
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
-        """Take in the weights and gradients of this step: average <- beta average + (1 - beta) new."""
-        axes = axes_of(model)
-        for name, new in _neuron_sums(axes, self._elements(model, axes)).items():
-            past = self._averages.get(name)
-            self._averages[name] = new if past is None else torch.lerp(new, past, self.smoothing)
+        """Add the present weights and gradients of a model to the average; the first update starts it."""
+        axes, sums = axes_of(model), {}
+        for name, element in self._elements(model, axes):
+            for group, score in _owned(element, axes[name]):
+                sums[group] = sums[group] + score if group in sums else score
+        for group, new in sums.items():
+            past = self._averages.get(group)
+            self._averages[group] = new if past is None else torch.lerp(new, past, self.smoothing)
 
     def scores(self) -> dict[str, Tensor]:
-        """Group name to a vector of importances at least 0, one for each neuron; larger means keep."""
+        """Group name to a vector of importances, at least 0, one per neuron; larger means keep."""
         if not self._averages:
-            raise RuntimeError("no scores yet: call update(model) after a backward first")
+            raise RuntimeError("no scores yet: call update(model) after a backward pass first")
         return dict(self._averages)
 
     def narrow(self, kept: dict[str, Tensor]) -> None:
-        """Let the averages follow a prune; `kept` is what `hdlib.narrow` returned."""
+        """Remove the averages of removed neurons; `kept` is the result of `hdlib.narrow`."""
         self._averages = {name: past[kept[name].to(past.device)] for name, past in self._averages.items()}
 
     def state_dict(self) -> dict:
@@ -55,104 +60,69 @@ class Scorer:
         self._averages = dict(state["averages"])
 
     def _elements(self, model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]]) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and element scores; where its rows are no neurons, as in embeddings, some at a time."""
+        """Parameter names and element scores; a parameter whose rows are no neurons (embeddings) comes in pieces."""
         for name, parameter, gradient in _with_gradients(model):
-            rows_at_once = pieces(parameter, parameter[0].numel()) if axes[name][0] is None else [slice(None)]
-            for rows in rows_at_once:
+            for rows in pieces(parameter, parameter[0].numel()) if axes[name][0] is None else [slice(None)]:
                 yield name, self.element(parameter[rows], gradient[rows])
 
 
 def _with_gradients(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, parameter and gradient; one that is None (unused in this batch) is 0."""
+    """Name, parameter and gradient; a gradient that is None (parameter unused in this batch) is 0."""
     for name, parameter in model.named_parameters():
-        none = parameter.grad is None
-        yield name, parameter, parameter.new_zeros(()).expand_as(parameter) if none else parameter.grad
-
-
-def _neuron_sums(axes: dict[str, tuple[Axis, ...]], elements: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum element scores over all that each neuron owns: group name to a vector."""
-    sums: dict[str, Tensor] = {}
-    for name, element in elements:
-        for group, score in _owned(element, axes[name]):
-            sums[group] = sums[group] + score if group in sums else score
-    return sums
+        zero = parameter.new_zeros(()).expand_as(parameter)
+        yield name, parameter, zero if parameter.grad is None else parameter.grad
 
 
 def _owned(element: Tensor, axes: tuple[Axis, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Sums of one parameter's elements for each neuron of each stretch of each axis.
-
-    Where both axes count the same neurons, as in the MLM head's transform, neuron i owns row i and
-    column i, and the element in which they cross is counted once.
-    """
+    """For each block of each axis of a parameter: group name, and the sums of the elements of each neuron."""
     for axis, blocks in enumerate(axes):
         others = [other for other in range(element.dim()) if other != axis]
         along = element.sum(others) if others and blocks else element
-        start = 0
         for block in blocks or ():
-            stop = start + block.size * block.unit
-            yield block.group, along[start:stop].reshape(block.size, block.unit).sum(1)
-            start = stop
+            own = along[block.start : block.start + block.size * block.unit]
+            yield block.group, own.reshape(block.size, block.unit).sum(1)
+    # In the transform of BERT's MLM head neuron i owns row i and column i: count their crossing once.
     if len(axes) > 1 and axes[0] and axes[0] == axes[1]:
-        crossing = element.diagonal()  # (..., D): what lies between the two axes and the last goes first
+        crossing = element.diagonal()  # (..., D): the dimensions after the first two, then the diagonal
         yield axes[0][0].group, -crossing.flatten(0, -2).sum(0) if crossing.dim() > 1 else -crossing
 
 
 class Sensitivity(Scorer):
-    """|theta * dL/dtheta|: the first-order change of the total loss if the element were zero (HomoDistil).
+    """|theta * g|: to first order, the change of the loss if theta became 0 (HomoDistil, Liang et al., ICLR 2023).
 
-    A neuron's score is the sum over all elements it owns. Scaling every one of them by
-    1 + eps * sign(theta * dL/dtheta) raises the loss by eps times the score, to first order.
+    Multiplying every element of a neuron by 1 + eps * sign(theta * g) raises the loss by eps times its score.
     """
 
     def element(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         return (parameter * gradient).abs_()
 
 
-class Platon(Scorer):
-    """Sensitivity times its uncertainty, element by element (PLATON, Zhang et al., ICML 2022).
+class Platon(Sensitivity):
+    """Sensitivity times its uncertainty (PLATON, Zhang et al., ICML 2022). Stores two numbers per weight.
 
-        I_t = |theta * dL/dtheta|
-        I~_t = beta_1 I~_{t-1} + (1 - beta_1) I_t             smoothed sensitivity, from 0
-        U_t = |I_t - I~_t|
-        U~_t = beta_2 U~_{t-1} + (1 - beta_2) U_t             smoothed uncertainty, from 0
-        S_t = I~_t U~_t
-
-    A neuron's score is the sum of S_t over all elements it owns. Costs two numbers for each weight.
-
-    Args:
-        smoothing: beta_1.
-        uncertainty: beta_2.
+    I_t = |theta * g|;
+    I~_t = beta_1 I~_{t-1} + (1 - beta_1) I_t, from 0, with beta_1 = `smoothing`;
+    U~_t = beta_2 U~_{t-1} + (1 - beta_2) |I_t - I~_t|, from 0, with beta_2 = `uncertainty`;
+    S_t = I~_t U~_t.
     """
 
     def __init__(self, smoothing: float = 0.85, uncertainty: float = 0.95):
         super().__init__(smoothing)
-        _check_fraction("uncertainty", uncertainty)
-        self.uncertainty = uncertainty
+        self.uncertainty = _fraction("uncertainty", uncertainty)
         self._smoothed: dict[str, Tensor] = {}  # I~ of each parameter
         self._uncertain: dict[str, Tensor] = {}  # U~ of each parameter
         self._axes: dict[str, tuple[Axis, ...]] = {}
 
-    def element(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        return (parameter * gradient).abs_()
-
-    @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
-        self._axes = axes_of(model)
-        for name, parameter, gradient in _with_gradients(model):
-            now = self.element(parameter, gradient)
-            smoothed = self._smoothed.setdefault(name, torch.zeros_like(now))
-            uncertain = self._uncertain.setdefault(name, torch.zeros_like(now))
-            smoothed.lerp_(now, 1 - self.smoothing)
-            uncertain.lerp_((now - smoothed).abs_(), 1 - self.uncertainty)
-        self._averages = _neuron_sums(
-            self._axes, ((name, self._smoothed[name] * self._uncertain[name]) for name in self._smoothed)
-        )
+        self._averages = {}  # the elements are smoothed instead
+        super().update(model)
 
     def narrow(self, kept: dict[str, Tensor]) -> None:
         super().narrow(kept)
         for state in (self._smoothed, self._uncertain):
             state.update({name: take(past, self._axes[name], kept) for name, past in state.items()})
-        self._axes = {name: tuple(narrowed_axis(axis, kept) for axis in axes) for name, axes in self._axes.items()}
+        for name, axes in self._axes.items():
+            self._axes[name] = tuple(axis and tuple(block.narrowed(kept) for block in axis) for axis in axes)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"smoothed": self._smoothed, "uncertain": self._uncertain}
@@ -161,20 +131,26 @@ class Platon(Scorer):
         super().load_state_dict(state)
         self._smoothed, self._uncertain = dict(state["smoothed"]), dict(state["uncertain"])
 
+    def _elements(self, model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]]) -> Iterator[tuple[str, Tensor]]:
+        self._axes = axes
+        for name, parameter, gradient in _with_gradients(model):
+            now = self.element(parameter, gradient)
+            smoothed = self._smoothed.setdefault(name, torch.zeros_like(now)).lerp_(now, 1 - self.smoothing)
+            uncertain = self._uncertain.setdefault(name, torch.zeros_like(now))
+            yield name, smoothed * uncertain.lerp_((now - smoothed).abs_(), 1 - self.uncertainty)
+
 
 class Magnitude(Scorer):
-    """|theta|: size alone, blind to the loss."""
+    """|theta|, independent of the loss."""
 
     def element(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         return parameter.abs()
 
 
 class Movement(Scorer):
-    """-theta * dL/dtheta: weights that the loss moves away from zero are kept (Sanh et al., NeurIPS 2020).
+    """-theta * g: keep weights that the loss moves away from 0 (Sanh et al., NeurIPS 2020).
 
-    A moving average, as in the other scorers, instead of their sum over the whole training. The sums have
-    either sign; the smallest of all groups is taken off all of them, so that scores are at least 0 and
-    neurons compare as before.
+    A moving average, not the paper's sum over training; its smallest value is subtracted, so that scores are >= 0.
     """
 
     def element(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -187,40 +163,29 @@ class Movement(Scorer):
 
 
 class Random(Scorer):
-    """Uniform noise from a generator of its own, drawn once for each neuron: the floor of every comparison."""
+    """Uniform noise from a generator of its own, drawn once per neuron: the baseline of every comparison."""
 
     def __init__(self, smoothing: float = 0.0, seed: int = 0):
         super().__init__(smoothing)
         self._generator = torch.Generator().manual_seed(seed)
 
-    @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         if not self._averages:
-            blocks = [block for axes in axes_of(model).values() for axis in axes for block in axis or ()]
-            sizes = {block.group: block.size for block in blocks}
-            self._averages = {group: torch.rand(size, generator=self._generator) for group, size in sizes.items()}
+            groups = width_groups(model).values()
+            self._averages = {group.name: torch.rand(group.size, generator=self._generator) for group in groups}
 
 
-SCORERS = {
-    "sensitivity": Sensitivity,
-    "platon": Platon,
-    "magnitude": Magnitude,
-    "movement": Movement,
-    "random": Random,
-}
+SCORERS = {kind.__name__.lower(): kind for kind in (Sensitivity, Platon, Magnitude, Movement, Random)}
 
 
 def scorer(name: str = "sensitivity", **options) -> Scorer:
-    """A scorer by name; `options` go to its class, `smoothing` (beta of the moving average) for all.
-
-    Raises:
-        ValueError: unknown name; the message lists those there are.
-    """
+    """A scorer by name, one of SCORERS; `options` are arguments of its class. ValueError for an unknown name."""
     if name not in SCORERS:
         raise ValueError(f"no scorer is called {name!r}; there are: {', '.join(SCORERS)}")
     return SCORERS[name](**options)
 
 
-def _check_fraction(name: str, value: float) -> None:
+def _fraction(name: str, value: float) -> float:
     if not 0 <= value < 1:
-        raise ValueError(f"{name} is the weight of the past in a moving average, in [0, 1); got {value}")
+        raise ValueError(f"{name}={value} is not a weight of the past in a moving average: take one in [0, 1)")
+    return value

@@ -1,10 +1,8 @@
-"""What one neuron owns, and which shapes a model can take.
+"""Width groups (what is removed together with one neuron) and the shapes that a model can take.
 
-Cutting one matrix on its own breaks the model: the neurons of the residual stream are written and
-read by every layer, a query dimension only means something beside its key dimension. So neurons are
-removed in *groups*: all slices of all parameters that belong to the same set of neurons. What the axes
-of a parameter count is declared in families.py. Shapes: V vocabulary, L layers, H heads, D hidden width, F
-feed-forward width.
+A neuron owns slices of many parameters: hidden neuron i is entry i of the residual stream, which every layer reads and
+writes; query dimension i is multiplied by key dimension i. A *width group* is a set of neurons with all their slices.
+The groups follow from the tables in families.py. L layers, H heads, D hidden width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +19,11 @@ from transformers import PreTrainedModel
 
 from .families import EMBEDDING, FAMILIES, FFN, FIXED, HEADS, HIDDEN, KEY, QUERY, SHARED_HEADS, VALUE, Family
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-QUERY_KEY = "query_key"  # the group of QUERY and KEY
-WIDTH_OF = {  # which width counts the neurons of a group
-    HIDDEN: "hidden",
-    FFN: "ffn",
-    QUERY_KEY: "heads x head_dim",
-    VALUE: "heads x head_dim",
-    HEADS: "heads",
-    SHARED_HEADS: "heads",
-}
+QUERY_KEY = "query_key"  # the group that QUERY and KEY form
 
 
 class UnsupportedArchitecture(ValueError):
-    """The model's family has no table of width groups; the message names those that have one."""
+    """No table for the model's family, or a model that is not in its stock form."""
 
 
 def unsupported(kind: str) -> UnsupportedArchitecture:
@@ -47,64 +34,59 @@ def unsupported(kind: str) -> UnsupportedArchitecture:
 
 
 def family(model: PreTrainedModel) -> Family:
-    """The table of the model's architecture, or UnsupportedArchitecture naming those that have one."""
+    """The table of the model's architecture. Raises UnsupportedArchitecture if there is none."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedArchitecture(
-            f"{type(model).__name__} is no Hugging Face model but perhaps a wrapper of one. Pass the model inside: "
-            "merge_and_unload() of PEFT, _orig_mod of torch.compile (compile afterwards), module of a parallel wrapper"
+            f"{type(model).__name__} is no Hugging Face model. If it wraps one, pass that: merge_and_unload() of PEFT, "
+            "_orig_mod of torch.compile (compile after narrowing), module of a parallel wrapper."
         )
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise unsupported(kind)
-    if model.config.is_encoder_decoder or getattr(model.config, "add_cross_attention", False):
-        raise UnsupportedArchitecture(f"this {kind!r} model has cross-attention, whose width groups are not declared")
-    if getattr(model.config, "inner_group_num", 1) != 1:
-        raise UnsupportedArchitecture("an ALBERT with inner_group_num other than 1 has no width groups declared")
-    return FAMILIES[kind]
-
-
-class Slice(NamedTuple):
-    """Where neurons lie on one axis of a parameter: neuron i owns `unit` places from start + i * unit on."""
-
-    parameter: str
-    axis: int
-    start: int = 0
-    unit: int = 1
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise unsupported(config.model_type)
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise UnsupportedArchitecture(f"this {config.model_type!r} model has cross-attention: use one without it")
+    if getattr(config, "inner_group_num", 1) != 1:
+        raise UnsupportedArchitecture(f"inner_group_num is {config.inner_group_num}: use an ALBERT in which it is 1")
+    return FAMILIES[config.model_type]
 
 
 @dataclass(frozen=True)
 class WidthGroup:
-    """Neurons that are removed together: `size` of them, each owning one piece of every member."""
+    """A set of neurons, and all slices of parameters that they own."""
 
     name: str  # "hidden", or "layer.3.ffn"
     kind: str  # hidden, ffn, query_key, value_output, head_groups or heads
-    size: int  # neurons in the group now
-    members: tuple[Slice, ...]
+    size: int  # number of neurons
+    members: list[tuple[str, int, int, int]]  # (parameter, axis, start, unit), with start and unit as in Block
 
 
 class Block(NamedTuple):
-    """One stretch of an axis: `size` neurons of a group, `unit` places each."""
+    """A stretch of an axis: `size` neurons of a group; neuron i owns `unit` indices from start + i * unit."""
 
     group: str
     size: int
     unit: int
-    scaled: bool  # absorbs a change of the attention scale
+    start: int
+    scaled: bool  # a change of the attention scale is folded into these weights
 
-    def places(self, neurons: Tensor) -> Tensor:
-        """Neuron indices to indices within this stretch, in order."""
-        if self.unit == 1:
-            return neurons
-        return (neurons[:, None] * self.unit + torch.arange(self.unit, device=neurons.device)).flatten()
+    def indices(self, neurons: Tensor) -> Tensor:
+        """The indices of the axis that these neurons own, in order."""
+        first = self.start + neurons[:, None] * self.unit
+        return (first + torch.arange(self.unit, device=neurons.device)).flatten()
+
+    def narrowed(self, kept: dict[str, Tensor]) -> Block:
+        """This block after a prune; `kept` is the result of `hdlib.narrow`."""
+        size = len(kept[self.group])
+        return self._replace(size=size, start=self.start // self.size * size)
 
 
-Axis = tuple[Block, ...] | None  # the stretches of an axis from its start to its end; None: never narrowed
+Axis = tuple[Block, ...] | None  # the blocks of an axis from first to last; None: never narrowed
 
 
 def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
-    """What each axis of each parameter is made of.
+    """The blocks on each axis of each parameter.
 
-    Every parameter must have a row of its own rank in the family's table: a parameter that nobody
-    declared would stay wide, so it raises UnsupportedArchitecture with its name.
+    Raises UnsupportedArchitecture for a parameter without a row of its rank in the table: it would stay wide.
     """
     declared, named = family(model), {}
     for name, parameter in model.named_parameters():
@@ -113,131 +95,93 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
             raise UnsupportedArchitecture(
                 f"parameter {name} of shape {tuple(parameter.shape)} has no row in the table of "
                 f"{model.config.model_type!r}: an adapter must be merged, a quantised, sharded or altered model "
-                "brought back to its stock form; for a part of the architecture, say what its axes count in "
-                "hdlib/families.py"
+                "restored to its stock form. Declare parts of the architecture in hdlib/families.py."
             )
-        named[name] = tuple(
-            _axis(model, declared, name, kind, width) for kind, width in zip(row, parameter.shape, strict=True)
-        )
+        sizes = zip(row, parameter.shape, strict=True)
+        named[name] = tuple(_axis(model, declared, name, kinds, length) for kinds, length in sizes)
     return named
 
 
-def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, width: int) -> Axis:
-    """The declared row of one axis, with its groups named and its stretches measured."""
+def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, length: int) -> Axis:
+    """The blocks of an axis whose table entry is `kinds`; its blocks have equal lengths."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if kinds == (EMBEDDING,):
-        kinds = (HIDDEN if _embedding_width(model, declared) == model.config.hidden_size else FIXED,)
+        kinds = (HIDDEN if _separate_embedding(model, declared) is None else FIXED,)
     if kinds == (FIXED,) or kinds[0] in declared.fixed:
         return None
-    blocks = []
-    for kind in kinds:
+    blocks, each = [], length // len(kinds)
+    for number, kind in enumerate(kinds):
         group = QUERY_KEY if kind in (QUERY, KEY) else kind
-        size = _key_value_heads(model) if kind == HEADS else width // len(kinds)
+        size = _key_value_heads(model) if kind == HEADS else each
+        if each % size or each * len(kinds) != length:
+            raise UnsupportedArchitecture(f"{name} has an axis of {length}, not a multiple of {len(kinds)} x {size}")
         if group not in (HIDDEN, SHARED_HEADS):
             layer = re.search(r"[.](\d+)[.]", name)[1]
             group = f"layer.{layer}.{group}"
-        blocks.append(Block(group, size, width // len(kinds) // size, kind == QUERY))
-    if sum(block.size * block.unit for block in blocks) != width:
-        raise UnsupportedArchitecture(f"an axis of {name} has {width} places, which do not share out evenly: {blocks}")
+        blocks.append(Block(group, size, each // size, number * each, kind == QUERY))
     return tuple(blocks)
 
 
 def all_neurons(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is kept before anything has gone, in the form in which `hdlib.narrow` returns it."""
+    """Every neuron and head of a model, in the form in which `hdlib.narrow` returns those it kept."""
     kept = {name: torch.arange(group.size) for name, group in width_groups(model).items()}
     layers, heads = range(model.config.num_hidden_layers), Widths.of(model).heads
     return kept | {f"layer.{layer}.heads": torch.arange(heads) for layer in layers}
 
 
-def narrowed_axis(blocks: Axis, kept: dict[str, Tensor]) -> Axis:
-    """The axis after a prune; `kept` is what `hdlib.narrow` returned."""
-    return blocks and tuple(block._replace(size=len(kept[block.group])) for block in blocks)
-
-
 class WidthGroups(dict):
-    """Group name to WidthGroup; shows itself as a table, in a terminal and in a notebook."""
+    """Group name to WidthGroup, displayed in a notebook as a table with one row per kind of group."""
 
     def __init__(self, groups: dict[str, WidthGroup], changes: str):
         super().__init__(groups)
-        self.changes = changes  # which widths this model can change, in words
-
-    def table(self) -> pd.DataFrame:
-        """One row for each kind of group; the layers that have a group each are counted."""
-        import pandas as pd
-
-        rows: dict[tuple, dict] = {}
-        for group in self.values():
-            names = (re.sub(r"[.](weight|bias)$", "", member.parameter) for member in group.members)
-            members = list(dict.fromkeys(re.sub(r"[.]\d+[.]", ".*.", name) for name in names))
-            row = rows.setdefault((group.kind, group.size), {"sets": 0, "members": members})
-            row["sets"] += 1
-        return pd.DataFrame(
-            {
-                "group": kind,
-                "sets": row["sets"],
-                "neurons": size,
-                "width": WIDTH_OF[kind],
-                "owned together": ", ".join(row["members"]),
-            }
-            for (kind, size), row in rows.items()
-        )
+        self.changes = changes  # which widths can change, as a sentence
 
     def __repr__(self) -> str:
-        lines = [self.changes, ""]
-        for row in self.table().itertuples(index=False):
-            lines.append(f"{row[0]}: {row[1]} x {row[2]} neurons ({row[3]})")
-            lines += [f"    {member}" for member in row[4].split(", ")]
-        return "\n".join(lines)
+        return "\n".join([self.changes, *(f"{group.name}: {group.size} neurons" for group in self.values())])
 
     def _repr_html_(self) -> str:
-        left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
-        return f"<p>{self.changes}</p>" + self.table().style.hide(axis="index").set_table_styles(left).to_html()
+        cell, rows = '<td style="text-align: left">', {}
+        for group in self.values():
+            modules = (re.sub(r"[.]\d+[.]", ".*.", parameter).rpartition(".")[0] for parameter, *_ in group.members)
+            owned = ", ".join(dict.fromkeys(modules))
+            rows[group.kind] = f"<tr>{cell}{group.kind}{cell}{group.size} neurons{cell}{owned}"
+        return f"<p>{self.changes}</p><table>{''.join(rows.values())}</table>"
 
 
 def width_groups(model: PreTrainedModel) -> WidthGroups:
-    """The width groups of a Hugging Face model, by name; printed, a table of which matrices share neurons.
-
-    Args:
-        model: any model of a supported family, with or without a head.
+    """The width groups of a Hugging Face model of a supported family, with or without a head.
 
     Returns:
-        Group name to WidthGroup: "hidden", and for each layer l "layer.l.ffn" and, where dimensions can
-        leave a head, "layer.l.query_key" and "layer.l.value_output", else "layer.l.head_groups". Layers
-        that share weights share groups; a width that cannot change has none.
+        Group name to WidthGroup: "hidden", and for each layer l "layer.l.ffn". Where head_dim can change also
+        "layer.l.query_key" and "layer.l.value_output", else "layer.l.head_groups". Layers that share weights
+        share groups; a width that cannot change has no group.
 
     Raises:
-        UnsupportedArchitecture: no table for this family, or a parameter that the table does not know.
+        UnsupportedArchitecture: no table for this family, or a model that is not in its stock form.
     """
-    members: dict[str, list[Slice]] = {}
-    sizes: dict[str, set[int]] = {}
+    wide, groups = Widths.of(model), {}
+    sizes = {HIDDEN: wide.hidden, FFN: wide.ffn, HEADS: _key_value_heads(model), SHARED_HEADS: wide.heads}
+    sizes |= dict.fromkeys((QUERY_KEY, VALUE), wide.heads * wide.head_dim)
     for name, axes in axes_of(model).items():
         for axis, blocks in enumerate(axes):
-            start = 0
             for block in blocks or ():
-                members.setdefault(block.group, []).append(Slice(name, axis, start, block.unit))
-                sizes.setdefault(block.group, set()).add(block.size)
-                start += block.size * block.unit
-    wide = Widths.of(model)
-    says = {HIDDEN: wide.hidden, FFN: wide.ffn, QUERY_KEY: wide.heads * wide.head_dim, HEADS: _key_value_heads(model)}
-    says |= {VALUE: says[QUERY_KEY], SHARED_HEADS: wide.heads}
-    groups = {}
-    for group, slices in members.items():
-        kind = group.rpartition(".")[2]
-        if sizes[group] != {says[kind]}:
-            raise UnsupportedArchitecture(
-                f"the config gives group {group} {says[kind]} neurons, its weights have {sorted(sizes[group])}: "
-                "a sharded or altered model must be brought back to its stock form first"
-            )
-        groups[group] = WidthGroup(group, kind, says[kind], tuple(slices))
+                kind = block.group.rpartition(".")[2]
+                if block.size != sizes[kind]:
+                    raise UnsupportedArchitecture(
+                        f"{name} has {block.size} neurons of group {block.group}, but the config {sizes[kind]}: "
+                        "restore a sharded or altered model to its stock form."
+                    )
+                group = groups.setdefault(block.group, WidthGroup(block.group, kind, block.size, []))
+                group.members.append((name, axis, block.start, block.unit))
     return WidthGroups(groups, _changes(model))
 
 
 @dataclass(frozen=True)
 class Widths:
-    """A shape: hidden width D, feed-forward width F, dimensions a head, heads a layer.
+    """A shape: hidden width D, feed-forward width F, dimensions per head, heads per layer.
 
-    What is left out is taken from the model that the shape is used on; where a stock class has
-    hidden = heads x head_dim, the missing one of these three follows from the others.
+    A width that is None is taken from the model on which the shape is used. Where the stock class has
+    hidden = heads x head_dim, a missing one of these three follows from the others.
     """
 
     hidden: int | None = None
@@ -247,8 +191,8 @@ class Widths:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Widths:
-        """The shape that a model has now."""
-        config, declared = model.config, family(model)
+        """The present shape of a model."""
+        declared, config = family(model), model.config  # family() checks the model
         heads, hidden = config.num_attention_heads, config.hidden_size
         head_dim = hidden // heads if declared.linked else getattr(config, "head_dim", None) or hidden // heads
         # GPT-2's n_inner may be None, which stands for four times the hidden width.
@@ -258,50 +202,49 @@ class Widths:
     def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Widths:
         """The possible shape nearest to `ratio` times the model's widths.
 
-        All heads are kept and lose dimensions, where head dimensions can go; else whole heads go.
+        Every head loses dimensions where the family allows it; else whole heads are removed.
 
         Args:
-            model: the wide model.
             ratio: the fraction of every width to keep, in (0, 1].
-            multiple_of: hidden and feed-forward widths are multiples of this (8 suits tensor cores);
-                where hidden = heads x head_dim, the hidden width is a multiple of what stays of the two besides.
+            multiple_of: hidden and ffn become multiples of this; 8 suits tensor cores.
 
         Raises:
             ValueError: ratio outside (0, 1], or no multiple at or below the model's width.
         """
         if not 0 < ratio <= 1:
-            raise ValueError(f"ratio is the fraction of the width to keep, in (0, 1]; got {ratio}")
+            raise ValueError(f"ratio={ratio} is not a fraction of the widths: take one in (0, 1]")
         wide, declared = cls.of(model), family(model)
         if ratio == 1:
             return wide
-        ffn = _nearest_multiple(ratio * wide.ffn, multiple_of, wide.ffn, "ffn")
-        heads, head_dim, hidden = wide.heads, wide.head_dim, wide.hidden
-        if declared.whole_heads and not declared.linked:
-            heads = _nearest(ratio * heads, _possible_heads(model, declared))
+        shape = replace(wide, ffn=_nearest_multiple(ratio * wide.ffn, multiple_of, wide.ffn, "ffn"))
+        if "head_dim" in declared.fixed and not declared.linked:
+            heads = min(_possible_heads(model, declared), key=lambda n: abs(n - ratio * wide.heads))
+            shape = replace(shape, heads=heads)
         if HIDDEN not in declared.fixed:
-            grain = head_dim if declared.linked and declared.whole_heads else heads
-            grain = grain if declared.linked or declared.divisible else 1
-            grain = lcm(grain, multiple_of)
-            hidden = _nearest_multiple(ratio * hidden, grain, hidden, "hidden")
-            if hidden == _avoided(model, declared):
-                hidden = hidden - grain if hidden > grain else hidden + grain
-        if declared.linked:
-            heads, head_dim = (hidden // head_dim, head_dim) if declared.whole_heads else (heads, hidden // heads)
-        return cls(hidden, ffn, head_dim, heads)
+            grain = lcm(_hidden_grain(shape, declared), multiple_of)
+            hidden = _nearest_multiple(ratio * wide.hidden, grain, wide.hidden, "hidden")
+            if hidden == _separate_embedding(model, declared):
+                hidden += -grain if hidden > grain else grain
+            shape = replace(shape, hidden=hidden)
+        if not declared.linked:
+            return shape
+        if "head_dim" in declared.fixed:
+            return replace(shape, heads=shape.hidden // shape.head_dim)
+        return replace(shape, head_dim=shape.hidden // shape.heads)
 
     def resolved(self, model: PreTrainedModel) -> Widths:
-        """This shape with everything left out filled in, checked against what the model can become.
+        """This shape with every missing width filled in, checked against what the model can become.
 
         Raises:
             ValueError: a width below 1 or above the model's, one that this family cannot change, or a
-                combination that no stock class has; the message names what can be had.
+                combination that the stock class does not have; the message gives a possible value.
         """
         wide, declared = Widths.of(model), family(model)
         given = {name: width for name, width in asdict(self).items() if width is not None}
         for name, width in given.items():
             limit = getattr(wide, name)
             if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= limit:
-                raise ValueError(f"the width {name}={width} cannot be: a whole number from 1 to the model's {limit}")
+                raise ValueError(f"{name}={width} is impossible: take an integer from 1 to the model's {limit}")
         if declared.linked:
             given = _completed(given, wide, declared)
         shape = replace(wide, **given)
@@ -309,51 +252,42 @@ class Widths:
         return shape
 
     def between(self, narrow: Widths, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Widths:
-        """The possible shape that is a fraction `progress` in [0, 1] of the way from this one to `narrow`.
+        """The possible shape at a fraction `progress`, in [0, 1], of the path from this shape to `narrow`.
 
-        Everything is rounded to what a stock model can have: where hidden = heads x head_dim, the hidden
-        width moves in steps of the number of heads, or of the head dimension where whole heads go. Where
-        hidden must be a multiple of heads, a shape may not fit in one of a smaller progress. On the way hidden and
-        feed-forward widths are rounded up to multiples of `multiple_of`, as far as this shape goes.
+        Before progress 1, hidden and ffn are rounded up to multiples of `multiple_of`, at most to this shape's
+        widths. Where hidden must be a multiple of heads, a shape may not fit in that of a smaller progress.
         """
         wide, goal, declared = asdict(self), asdict(narrow), family(model)
         now = {name: round(wide[name] + (goal[name] - wide[name]) * progress) for name in wide}
-        if progress < 1:
-            grains = {"ffn": multiple_of, "hidden": multiple_of, "heads": 1, "head_dim": 1}
-            if declared.linked and not declared.whole_heads:
-                grains["head_dim"] = multiple_of // gcd(multiple_of, wide["heads"])
-            now = {
-                name: min(wide[name], -(-width // grains[name]) * grains[name]) if goal[name] < wide[name] else width
-                for name, width in now.items()
-            }
-        if declared.whole_heads:
+        grains = {"hidden": multiple_of, "ffn": multiple_of}
+        if declared.linked and "head_dim" not in declared.fixed:
+            grains["head_dim"] = multiple_of // gcd(multiple_of, wide["heads"])
+        for name, grain in grains.items():
+            if progress < 1 and goal[name] < wide[name]:
+                now[name] = min(wide[name], _rounded_up(now[name], grain))
+        if "head_dim" in declared.fixed:
             possible = [n for n in _possible_heads(model, declared) if goal["heads"] <= n <= wide["heads"]]
-            now["heads"] = _nearest(now["heads"], possible)
+            now["heads"] = min(possible, key=lambda n: abs(n - now["heads"]))
         if declared.linked:
-            now["hidden"] = now["heads"] * now["head_dim"]
-            if now["hidden"] == _avoided(model, declared):  # one grain wider
+            if now["heads"] * now["head_dim"] == _separate_embedding(model, declared):
                 now["head_dim"] += 1
-                now["hidden"] = now["heads"] * now["head_dim"]
+            now["hidden"] = now["heads"] * now["head_dim"]
         elif declared.divisible:
-            fitting = [n for n in possible if n >= now["heads"] and -(-now["hidden"] // n) * n <= wide["hidden"]]
-            now["heads"] = fitting[0]
-            now["hidden"] = -(-now["hidden"] // now["heads"]) * now["heads"]  # rounded up
+            fits = (n for n in possible if n >= now["heads"] and _rounded_up(now["hidden"], n) <= wide["hidden"])
+            now["heads"] = next(fits)
+            now["hidden"] = _rounded_up(now["hidden"], now["heads"])
         return Widths(**now)
 
     def fits_in(self, other: Widths) -> bool:
         """Whether a model of the shape `other` can be narrowed to this one: no width is larger."""
         return all(width <= getattr(other, name) for name, width in asdict(self).items())
 
-    def ratio_to(self, wide: Widths) -> float:
-        """The fraction of the hidden width that is kept of `wide`: 1.0 for the same shape."""
-        return self.hidden / wide.hidden
-
 
 def set_widths(model: PreTrainedModel, config, widths: Widths) -> None:
     """Write a shape into the config of a model (its own, or a copy)."""
     declared, hidden = family(model), config.hidden_size
-    for name in (*declared.follows, *([declared.embedding] if declared.embedding else [])):
-        if getattr(config, name, None) == hidden:
+    for name in (declared.embedding, *declared.follows):
+        if name and getattr(config, name, None) == hidden:
             setattr(config, name, widths.hidden)
     if getattr(config, "num_key_value_heads", None):
         config.num_key_value_heads = widths.heads * config.num_key_value_heads // config.num_attention_heads
@@ -364,82 +298,65 @@ def set_widths(model: PreTrainedModel, config, widths: Widths) -> None:
     setattr(config, declared.ffn, widths.ffn)
 
 
-def layer_of_parameters(model: PreTrainedModel) -> list[int]:
-    """For each layer that runs, in order, the layer whose parameters it uses: 0, 1, 2, ..., but for ALBERT."""
+def source_layers(model: PreTrainedModel) -> list[int]:
+    """For each layer of the forward pass, the layer whose parameters it uses: 0, 1, 2, ..., except in ALBERT."""
     layers = model.config.num_hidden_layers
     groups = getattr(model.config, "num_hidden_groups", layers)
     return [layer * groups // layers for layer in range(layers)]
 
 
 def _completed(given: dict[str, int], wide: Widths, declared: Family) -> dict[str, int]:
-    """Fill in what hidden = heads x head_dim says of the width that is missing."""
+    """Fill in the missing ones of hidden = heads x head_dim."""
     hidden, heads, head_dim = given.get("hidden"), given.get("heads"), given.get("head_dim")
-    if heads is None and head_dim is None and declared.whole_heads:
+    if heads is None and head_dim is None and "head_dim" in declared.fixed:
         head_dim = wide.head_dim
-    if heads is None:
-        heads = max(1, hidden // head_dim) if hidden and head_dim else wide.heads
-    if hidden is None:
-        hidden = heads * (head_dim or wide.head_dim)
-    if head_dim is None:
-        head_dim = max(1, hidden // heads)
+    heads = heads or (max(1, hidden // head_dim) if hidden and head_dim else wide.heads)
+    hidden = hidden or heads * (head_dim or wide.head_dim)
+    head_dim = head_dim or max(1, hidden // heads)
     return given | {"hidden": hidden, "heads": heads, "head_dim": head_dim}
 
 
 def _check_possible(shape: Widths, wide: Widths, model: PreTrainedModel, declared: Family) -> None:
-    kind = model.config.model_type
+    kind, group = model.config.model_type, wide.heads // _key_value_heads(model)
     for name, reason in declared.fixed.items():
-        if getattr(shape, name) != getattr(wide, name):
-            raise ValueError(f"the {name} width of {kind!r} cannot change from {getattr(wide, name)}: {reason}")
-    if declared.linked and shape.hidden != shape.heads * shape.head_dim:
-        grain = shape.head_dim if declared.whole_heads else shape.heads
+        given, only = getattr(shape, name), getattr(wide, name)
+        if given != only:
+            raise ValueError(f"{name}={given} is impossible for {kind!r}: {name} stays {only}, since {reason}")
+    if shape.heads % group:
+        raise ValueError(f"heads={shape.heads}: {group} query heads share a key/value head; take a multiple of {group}")
+    grain = _hidden_grain(shape, declared)
+    if shape.hidden % grain or (declared.linked and shape.hidden != shape.heads * shape.head_dim):
         below = shape.hidden // grain * grain
         near = " or ".join(str(n) for n in (below, below + grain) if 0 < n <= wide.hidden)
-        with_what = f"heads of {grain}" if declared.whole_heads else f"{grain} heads"
+        rule = "is heads x head_dim" if declared.linked else "is a multiple of heads"
         raise ValueError(
-            f"hidden={shape.hidden} is not heads x head_dim = {shape.heads} x {shape.head_dim}: a stock {kind!r} "
-            f"splits its hidden width evenly over the heads. With {with_what} take hidden={near}."
+            f"hidden={shape.hidden} with heads={shape.heads} and head_dim={shape.head_dim} is impossible: in a stock "
+            f"{kind!r} hidden {rule}; take hidden={near}"
         )
-    if declared.whole_heads and shape.head_dim != wide.head_dim:
+    if shape.hidden == _separate_embedding(model, declared):
         raise ValueError(
-            f"head_dim={shape.head_dim}: the head dimensions of {kind!r} are rotated together and stay {wide.head_dim}"
-            "; narrow it by whole heads"
+            f"hidden={shape.hidden} is the width of the embeddings: a stock {kind!r} then has no projection between "
+            "the two, and its weights would be lost; take another hidden width"
         )
-    group = wide.heads // _key_value_heads(model)
-    if shape.heads % group:
-        raise ValueError(
-            f"heads={shape.heads}: in this model {group} query heads share a key/value head and go together; "
-            f"take a multiple of {group}"
-        )
-    if declared.divisible and shape.hidden % shape.heads:
-        raise ValueError(
-            f"hidden={shape.hidden}, heads={shape.heads}: the stock config of {kind!r} wants hidden to be a multiple "
-            f"of heads. With {shape.heads} heads take hidden={shape.hidden // shape.heads * shape.heads}."
-        )
-    if shape.hidden == _avoided(model, declared):
-        raise ValueError(
-            f"hidden={shape.hidden} is the width of the embeddings of this model: a stock {kind!r} has no projection "
-            f"between the two then, whose weights would be lost. Take another hidden width."
-        )
+
+
+def _hidden_grain(shape: Widths, declared: Family) -> int:
+    """The hidden width of the stock class is a multiple of this."""
+    if declared.linked and "head_dim" in declared.fixed:
+        return shape.head_dim
+    return shape.heads if declared.linked or declared.divisible else 1
 
 
 def _changes(model: PreTrainedModel) -> str:
-    """Which widths can change, in words, for the table of groups."""
-    wide, declared = Widths.of(model), family(model)
+    """Which widths can change and which cannot, with their present values."""
+    wide, declared, embedding = Widths.of(model), family(model), _separate_embedding(model, family(model))
+    widths = {name: f"{name} {width}" for name, width in asdict(wide).items()}
+    fixed = [widths.pop(name) for name in declared.fixed] + ([f"embeddings {embedding}"] if embedding else [])
     group = wide.heads // _key_value_heads(model)
-    together = f", {group} at a time with their key/value head" if group > 1 else ""
-    parts = [f"ffn {wide.ffn}"]
-    if declared.linked:
-        way = f"whole heads of {wide.head_dim}" if declared.whole_heads else "dimensions of every head, or whole heads"
-        parts.insert(0, f"hidden {wide.hidden} = heads {wide.heads} x head_dim {wide.head_dim}, by {way}")
-    else:
-        parts += [f"heads {wide.heads}{together}"]
-        parts = parts if HIDDEN in declared.fixed else [f"hidden {wide.hidden}", *parts]
-    stay = [f"{name} {getattr(wide, name)}" for name in declared.fixed]
-    stay += [f"head_dim {wide.head_dim}"] if declared.whole_heads else []
-    if (avoided := _avoided(model, declared)) is not None:
-        stay.append(f"embeddings {avoided}")
-    changes = f"{type(model).__name__} can change: {'; '.join(parts)}."
-    return changes + (f" What stays: {', '.join(stay)}." if stay else "")
+    changes = f"{type(model).__name__} can change: {', '.join(widths.values())}"
+    changes += f" in multiples of {group}" if group > 1 else ""
+    changes += ", where hidden = heads x head_dim." if declared.linked else "."
+    return f"{changes} Fixed: {', '.join(fixed)}." if fixed else changes
 
 
 def _key_value_heads(model: PreTrainedModel) -> int:
@@ -447,29 +364,23 @@ def _key_value_heads(model: PreTrainedModel) -> int:
 
 
 def _possible_heads(model: PreTrainedModel, declared: Family) -> list[int]:
-    """Head counts of which every key/value head keeps the query heads it serves, smallest first."""
+    """Head counts that keep all query heads of each kept key/value head, smallest first."""
     heads, hidden = model.config.num_attention_heads, model.config.hidden_size
-    group = heads // _key_value_heads(model)
-    divides = declared.divisible and HIDDEN in declared.fixed
+    group, divides = heads // _key_value_heads(model), declared.divisible and HIDDEN in declared.fixed
     return [n for n in range(group, heads + 1, group) if not divides or hidden % n == 0]
 
 
-def _embedding_width(model: PreTrainedModel, declared: Family) -> int:
-    name = declared.embedding
-    return (getattr(model.config, name, None) if name else None) or model.config.hidden_size
-
-
-def _avoided(model: PreTrainedModel, declared: Family) -> int | None:
-    """A hidden width that would make the stock class leave out the projection from its embeddings."""
-    width = _embedding_width(model, declared)
-    return width if width != model.config.hidden_size else None
-
-
-def _nearest(value: float, possible: list[int]) -> int:
-    return min(possible, key=lambda n: abs(n - value))
+def _separate_embedding(model: PreTrainedModel, declared: Family) -> int | None:
+    """The width of the embeddings if it is not the hidden width, else None: no student may have this hidden width."""
+    width = getattr(model.config, declared.embedding, None) if declared.embedding else None
+    return width if width and width != model.config.hidden_size else None
 
 
 def _nearest_multiple(value: float, multiple: int, limit: int, name: str) -> int:
     if multiple > limit:
-        raise ValueError(f"{name}: no multiple of {multiple} at or below the model's width {limit}")
+        raise ValueError(f"{name} has no multiple of {multiple} at or below the model's {limit}: lower multiple_of")
     return min(max(1, round(value / multiple)), limit // multiple) * multiple
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

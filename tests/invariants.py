@@ -1,8 +1,8 @@
-"""The eight things that must always hold, each as one function that raises AssertionError.
+"""Eight invariants of the library, one function each; they raise AssertionError.
 
-`test_invariants.py` runs them on many models; `test_teeth.py` breaks the library on purpose and sees
-each of them fail. The last two are about whole runs (`test_loop.py` has those); here they are held against
-one step of training between two prunes, which is cheap enough to be asked of every family and shape.
+`test_invariants.py` runs them on many models. `test_teeth.py` checks that each fails when the library is broken. The
+last two concern whole runs, which `test_loop.py` tests; here they are tested on one training step around a prune,
+which is cheap enough for every family and shape.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def total_loss(model, teacher, batch, loss=None) -> torch.Tensor:
     loss = loss or loss_for(teacher).to(teacher.dtype)
     positions = loss.loss_positions(labels)
     with torch.no_grad():
-        theirs = forward(teacher, input_ids, positions)
-    return loss(forward(model, input_ids, positions), theirs, labels).total
+        teacher_outputs = forward(teacher, input_ids, positions)
+    return loss(forward(model, input_ids, positions), teacher_outputs, labels).total
 
 
 def backward(model, teacher, batch, loss=None) -> torch.Tensor:
-    """One backward of the total loss; returns it."""
+    """One backward pass of the total loss; returns the loss."""
     total = total_loss(model, teacher, batch, loss)
     total.backward()
     return total
 
 
 def sensitivities(model, batch) -> dict[str, torch.Tensor]:
-    """Scores of a copy of the model, whose weights are a little off so that every loss term has a gradient."""
+    """Scores of a copy of the model with perturbed weights, so that every loss term has a gradient."""
     student = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -57,8 +57,7 @@ def sensitivities(model, batch) -> dict[str, torch.Tensor]:
 def eight(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
     """All eight on one model and one shape.
 
-    Where the result is a number, rather than an equality of bits, in float64: a norm over a few random
-    coordinates can be as badly conditioned as one likes, and float32 would measure that instead.
+    Those with a tolerance run in float64: a norm over a few random coordinates can be ill-conditioned.
     """
     identity(teacher, batch)
     stock(teacher, widths, batch, folder)
@@ -73,7 +72,7 @@ def eight(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None
 
 
 def identity(teacher: PreTrainedModel, batch) -> None:
-    """1. A student at ratio 1 gives its teacher's logits bit for bit, and every distillation term is 0."""
+    """1. A student at ratio 1 has exactly its teacher's logits, and every distillation term is 0."""
     student = student_of(teacher)
     hdlib.narrow(student, Widths.at(student, 1.0))
     input_ids, labels = batch
@@ -86,7 +85,7 @@ def identity(teacher: PreTrainedModel, batch) -> None:
 
 
 def mask_equals_narrow(teacher: PreTrainedModel, widths: Widths, batch, tolerance: float = 1e-5) -> None:
-    """2. The masked wide model and the narrowed one give the same logits, hidden states and attention scores."""
+    """2. The masked wide model and the narrowed one have the same logits, hidden states and attention scores."""
     student = copy.deepcopy(teacher)
     kept = hdlib.narrow(student, widths, sensitivities(teacher, batch))
     input_ids, _ = batch
@@ -96,17 +95,17 @@ def mask_equals_narrow(teacher: PreTrainedModel, widths: Widths, batch, toleranc
             expected = forward(wide, input_ids)
     assert student.config.hidden_size < teacher.config.hidden_size or widths.hidden == teacher.config.hidden_size
     close(got.logits, expected.logits, tolerance)
-    for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
-        narrowed = "hidden" in kept and theirs.shape[-1] == teacher.config.hidden_size
-        close(ours, theirs[..., kept["hidden"]] if narrowed else theirs, tolerance)
-    for layer, (ours, theirs) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
-        theirs = theirs.of_heads(kept[f"layer.{layer}.heads"])
-        count = torch.ones_like(ours.scores()).bool() if ours.attended is None else ours.attended
-        close(ours.scores().where(count, 0.0), theirs.scores().where(count, 0.0), tolerance)
+    for narrow, wide in zip(got.hidden_states, expected.hidden_states, strict=True):
+        narrowed = "hidden" in kept and wide.shape[-1] == teacher.config.hidden_size
+        close(narrow, wide[..., kept["hidden"]] if narrowed else wide, tolerance)
+    for layer, (narrow, wide) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
+        wide = wide.of_heads(kept[f"layer.{layer}.heads"])
+        attended = torch.ones_like(narrow.scores()).bool() if narrow.attended is None else narrow.attended
+        close(narrow.scores().where(attended, 0.0), wide.scores().where(attended, 0.0), tolerance)
 
 
 def stock(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
-    """3. The saved student is a stock checkpoint: same logits, as many parameters as its config says, ties kept."""
+    """3. The saved student is a stock checkpoint: same logits, the parameter count of its config, ties kept."""
     student = student_of(teacher)
     hdlib.narrow(student, widths, sensitivities(teacher, batch))
     opens_stock(student, teacher, batch, folder)
@@ -127,7 +126,7 @@ def opens_stock(student: PreTrainedModel, teacher: PreTrainedModel, batch, folde
 
 
 def asked_is_got(teacher: PreTrainedModel, widths: Widths, batch) -> None:
-    """4. The widths asked for are those of the config, of every weight, and of what the model computes."""
+    """4. The given widths are those of the config, of every weight and of the outputs."""
     student = student_of(teacher)
     kept = hdlib.narrow(student, widths, sensitivities(teacher, batch))
     assert Widths.of(student) == widths
@@ -155,14 +154,14 @@ def _query_heads_to_a_key(model: PreTrainedModel) -> int:
 
 
 def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_each=lambda student: None) -> None:
-    """5. After each prune every parameter is in the optimiser once, with its moments, and moves at the next step."""
+    """5. After each prune every parameter is in the optimiser once, with its moments, and changes at the next step."""
     student = student_of(teacher)
     loss = loss_for(teacher)
     optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=1e-3, weight_decay=0.0)
     for widths in shapes:
         backward(student, teacher, batch, loss)
         optimizer.step()
-        without_use = {name for name, parameter in loss.named_parameters() if parameter.grad is None}
+        unused = {name for name, parameter in loss.named_parameters() if parameter.grad is None}
         used = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
         moments = {name: optimizer.state[student.get_parameter(name)]["exp_avg"].clone() for name in used}
         before = {name: (student.get_parameter(name).detach().clone(), moment) for name, moment in moments.items()}
@@ -175,42 +174,41 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
         held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         assert held == Counter(id(parameter) for parameter in trained)
         idle = {parameter for name, parameter in student.named_parameters() if name not in used}
-        idle |= {parameter for name, parameter in loss.named_parameters() if name in without_use}
-        assert len(idle) <= 1, "an untied BERT has one bias that nothing uses, a projected OPT needs no last projection"
-        assert set(optimizer.state) == set(trained) - idle, "state of parameters that are gone, or state that was lost"
+        idle |= {parameter for name, parameter in loss.named_parameters() if name in unused}
+        assert len(idle) <= 1, "unused: one bias of an untied BERT, or the last projection of a projected OPT"
+        assert set(optimizer.state) == set(trained) - idle, "state of removed parameters, or state that was lost"
         _moments_follow(student, optimizer, before)
         now = {name: student.get_parameter(name).detach().clone() for name in used}
         backward(student, teacher, batch, loss)
         optimizer.step()
         still = [name for name, weight in now.items() if torch.equal(student.get_parameter(name), weight)]
-        assert not still, f"these did not move: {still}"
+        assert not still, f"these did not change: {still}"
         optimizer.zero_grad()
         after_each(student)
 
 
 def _moments_follow(student, optimizer, before) -> None:
-    """Each element kept its moment: (weight, moment) pairs after the prune are among those before it.
+    """Each element kept its moment: the products weight x moment after the prune are among those before it.
 
-    weight x first moment is compared, which the folded attention scale leaves as it was.
+    The product does not depend on the attention scale folded into the queries.
     """
     for name, (weight, past) in before.items():
         parameter = student.get_parameter(name)
         moment = optimizer.state[parameter]["exp_avg"]
         assert moment.shape == parameter.shape == optimizer.state[parameter]["exp_avg_sq"].shape
-        ours = (parameter * moment).detach().double().flatten()
-        theirs = (weight * past).double().flatten().sort().values
-        right = torch.searchsorted(theirs, ours).clamp(max=len(theirs) - 1)
-        nearest = torch.minimum((theirs[right] - ours).abs(), (theirs[(right - 1).clamp(min=0)] - ours).abs())
-        assert (nearest <= 1e-6 * ours.abs() + 1e-12).all(), name
+        after = (parameter * moment).detach().double().flatten()
+        earlier = (weight * past).double().flatten().sort().values
+        right = torch.searchsorted(earlier, after).clamp(max=len(earlier) - 1)
+        nearest = torch.minimum((earlier[right] - after).abs(), (earlier[(right - 1).clamp(min=0)] - after).abs())
+        assert (nearest <= 1e-6 * after.abs() + 1e-12).all(), name
 
 
 def taylor(teacher: PreTrainedModel, batch, neurons: int = 3, epsilon: float = 1e-6) -> None:
-    """6. A neuron's score is how fast the loss rises when all it owns is scaled a little against its interest.
+    """6. The loss rises by eps times a neuron's score when its elements theta grow by eps * sign(theta * gradient).
 
-    Measured in float64: element theta is scaled by 1 + eps * sign(theta * gradient), which a first-order
-    expansion says raises the loss by eps * |theta * gradient|.
+    To first order, each element adds eps * |theta * gradient|. Measured by central differences in float64.
     """
-    # Not the teacher itself: there every distillation term is 0 and so is its gradient.
+    # Perturbed, since every distillation term and its gradient are 0 for the teacher itself.
     model, teacher = copy.deepcopy(teacher).double(), copy.deepcopy(teacher).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -236,7 +234,7 @@ def taylor(teacher: PreTrainedModel, batch, neurons: int = 3, epsilon: float = 1
 @torch.no_grad()
 def _scale_neuron(model, group, neuron, weights, signs, epsilon) -> None:
     for name, parameter in model.named_parameters():
-        if name not in signs:  # no part of the loss depends on it
+        if name not in signs:  # the loss does not depend on it
             continue
         owned = torch.zeros_like(parameter, dtype=torch.bool)
         for member, axis, start, unit in group.members:
@@ -247,7 +245,7 @@ def _scale_neuron(model, group, neuron, weights, signs, epsilon) -> None:
 
 
 def resume(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
-    """7. What is saved after a prune and loaded again trains on as if nothing had been: same weights, same scores."""
+    """7. Saving after a prune and loading again changes nothing: the next step gives the same weights and scores."""
     student, loss, scorer = student_of(teacher), loss_for(teacher), hdlib.scorer("sensitivity")
     optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=1e-3)
     _train(student, teacher, batch, loss, scorer, optimizer)
@@ -260,16 +258,16 @@ def resume(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> Non
 
     state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
     loaded = type(teacher).from_pretrained(folder / "checkpoint").requires_grad_(True).eval()
-    its_loss, its_scorer = loss_for(teacher, student_hidden_size=widths.hidden), hdlib.scorer("sensitivity")
-    its_loss.heads = its_loss.heads[:, : widths.heads]
-    its_loss.load_state_dict(state["loss"])
-    its_scorer.load_state_dict(state["scorer"])
-    its_optimizer = torch.optim.AdamW([*loaded.parameters(), *its_loss.parameters()], lr=1e-3)
-    its_optimizer.load_state_dict(state["optimizer"])
+    loaded_loss, loaded_scorer = loss_for(teacher, student_hidden_size=widths.hidden), hdlib.scorer("sensitivity")
+    loaded_loss.heads = loaded_loss.heads[:, : widths.heads]
+    loaded_loss.load_state_dict(state["loss"])
+    loaded_scorer.load_state_dict(state["scorer"])
+    loaded_optimizer = torch.optim.AdamW([*loaded.parameters(), *loaded_loss.parameters()], lr=1e-3)
+    loaded_optimizer.load_state_dict(state["optimizer"])
     _train(student, teacher, batch, loss, scorer, optimizer)
-    _train(loaded, teacher, batch, its_loss, its_scorer, its_optimizer)
+    _train(loaded, teacher, batch, loaded_loss, loaded_scorer, loaded_optimizer)
     assert all(torch.equal(p, q) for p, q in zip(student.parameters(), loaded.parameters(), strict=True))
-    assert all(torch.equal(score, its_scorer.scores()[name]) for name, score in scorer.scores().items())
+    assert all(torch.equal(score, loaded_scorer.scores()[name]) for name, score in scorer.scores().items())
 
 
 def _train(student, teacher, batch, loss, scorer, optimizer) -> None:
@@ -280,7 +278,7 @@ def _train(student, teacher, batch, loss, scorer, optimizer) -> None:
 
 
 def processes(teacher: PreTrainedModel, widths: Widths, batch) -> None:
-    """8. Gradients of the halves of a batch, averaged, keep the neurons that the whole batch keeps (float64)."""
+    """8. The averaged gradients of the halves of a batch give the same kept neurons as the whole batch (float64)."""
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -303,6 +301,6 @@ def processes(teacher: PreTrainedModel, widths: Widths, batch) -> None:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to a fraction of the size of what is compared."""
+    """Equal up to `tolerance` times the largest expected value (at least 1)."""
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)

@@ -1,4 +1,4 @@
-"""Small stock models with random weights, one builder for every family the library has a table for."""
+"""Small stock models with random weights, one builder for every family of the library."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ VOCABULARY, POSITIONS = 60, 32
 
 @dataclass(frozen=True)
 class Kind:
-    """How to build one family: stock class, config class, the names its config has for the widths."""
+    """How to build one family: stock class, config class, the config's names of the widths."""
 
     model: type
     config: type
     names: dict[str, str] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
-    head_dims: bool = True  # can dimensions leave a head? else whole heads go
+    head_dims: bool = True  # head_dim can change; else whole heads are removed
     linked: bool = True  # hidden = heads * head_dim
     grouped: bool = False  # has key/value heads
     hidden_fixed: bool = False
@@ -128,10 +128,10 @@ KINDS = {
 def random_model(
     name: str, heads=4, head_dim=6, ffn=56, layers=2, groups=2, hidden=28, seed=0, vocabulary=VOCABULARY, **options
 ):
-    """A model of a family with random weights, biases and norms included: nothing about it is symmetric or zero.
+    """A model of a family with random weights, biases and norms, so that none is symmetric or zero.
 
-    `groups` query heads share a key/value head and `hidden` is the hidden width where a family has these;
-    elsewhere hidden = heads x head_dim.
+    `groups` query heads share a key/value head, in families that have these. `hidden` is the hidden width where it
+    is independent of the heads; elsewhere hidden = heads x head_dim.
     """
     kind = KINDS[name]
     widths = {
@@ -160,7 +160,7 @@ def random_model(
 
 
 def narrower(name: str, model, ratio: float) -> dict[str, Widths]:
-    """For each kind of width that this family can change alone, the shape at `ratio` of it."""
+    """For each width that this family can change separately, the shape in which it is `ratio` of the model's."""
     kind, wide = KINDS[name], Widths.of(model)
 
     def part(size: int, unit: int = 1) -> int:
@@ -180,7 +180,7 @@ def narrower(name: str, model, ratio: float) -> dict[str, Widths]:
 
 @st.composite
 def models_and_widths(draw, least_hidden=1):
-    """A model of any family and uneven shape, and a shape that it can become."""
+    """A model of any family and uneven shape, and a shape to which it can be narrowed."""
     name = draw(st.sampled_from(sorted(KINDS)))
     kind = KINDS[name]
     groups = draw(st.integers(1, 3)) if kind.grouped else 1

@@ -1,4 +1,4 @@
-"""Independent references: what the library must agree with, written another way."""
+"""Independent implementations that the library must agree with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import hdlib
 
 @contextmanager
 def masked(model: BertForMaskedLM, kept: dict[str, torch.Tensor]):
-    """A stock BERT of full width in which the neurons that are not kept count for nothing.
+    """A stock BERT of full width in which the neurons that are not kept have no effect.
 
-    Norms take mean and variance over the kept coordinates of the residual stream and write zeros
-    elsewhere; feed-forward, query, key and value neurons are zeroed where they are made. The attention
-    scale stays that of the full head.
+    Norms compute mean and variance over the kept coordinates of the residual stream and output zeros elsewhere.
+    Feed-forward, query, key and value neurons are set to 0 where they are computed. The attention scale stays that
+    of the full head.
     """
     with ExitStack() as stack:
         hidden = _indicator(kept["hidden"], model.config.hidden_size)
@@ -31,8 +31,8 @@ def masked(model: BertForMaskedLM, kept: dict[str, torch.Tensor]):
             values = _indicator(kept[f"layer.{index}.value_output"], model.config.hidden_size)
             inner = _indicator(kept[f"layer.{index}.ffn"], model.config.intermediate_size)
             attention = layer.attention.self
-            places = [(attention.query, pairs), (attention.key, pairs), (attention.value, values)]
-            for module, mask in [*places, (layer.intermediate, inner)]:
+            masks = [(attention.query, pairs), (attention.key, pairs), (attention.value, values)]
+            for module, mask in [*masks, (layer.intermediate, inner)]:
                 hook = module.register_forward_hook(lambda _, __, output, mask=mask: output * mask)
                 stack.callback(hook.remove)
         yield model
@@ -55,18 +55,18 @@ def _masked_norm(mask: torch.Tensor):
 
 @contextmanager
 def zeroed(model: PreTrainedModel, kept: dict[str, torch.Tensor]):
-    """A model of any family in which everything that a removed neuron owns is zero; the weights are overwritten.
+    """A model of any family with all weights of removed neurons set to 0, in place.
 
-    Norms over the residual stream take their statistics over the kept coordinates. Zeros in the wrong
-    place, a pair that was torn apart or a scale that was forgotten all show in the outputs.
+    Norms over the residual stream compute their statistics over the kept coordinates. Wrong indices, separated pairs
+    and a missing attention scale change the outputs.
     """
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for group in hdlib.width_groups(model).values():
-            gone = sorted(set(range(group.size)) - set(kept[group.name].tolist()))
+            removed = sorted(set(range(group.size)) - set(kept[group.name].tolist()))
             for name, axis, start, unit in group.members:
-                places = [start + neuron * unit + i for neuron in gone for i in range(unit)]
-                weights[name].index_fill_(axis, torch.tensor(places, dtype=torch.long), 0.0)
+                indices = [start + neuron * unit + i for neuron in removed for i in range(unit)]
+                weights[name].index_fill_(axis, torch.tensor(indices, dtype=torch.long), 0.0)
     with ExitStack() as stack:
         width = model.config.hidden_size
         hidden = _indicator(kept["hidden"], width) if "hidden" in kept else None
@@ -82,7 +82,7 @@ def zeroed(model: PreTrainedModel, kept: dict[str, torch.Tensor]):
 
 
 def _over_something_else(name: str, model: PreTrainedModel) -> bool:
-    """Norms of a width of their own, even if it happens to be the hidden one: ALBERT's embeddings, one head."""
+    """Norms over another width, even if it equals the hidden one: ALBERT's embeddings, or the dimensions of a head."""
     in_embeddings = name in ("albert.embeddings.LayerNorm", "predictions.LayerNorm")
     return in_embeddings if model.config.model_type == "albert" else name.endswith(("q_norm", "k_norm"))
 
@@ -97,7 +97,7 @@ def _masked_rms_norm(mask: torch.Tensor):
 
 
 class Doubles(TorchFunctionMode):
-    """While this is open, float64 stays float64: stock classes that norm or attend in float32 do not."""
+    """Keep float64 where stock classes convert to float32, in norms and attention."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})

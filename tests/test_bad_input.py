@@ -1,4 +1,4 @@
-"""What cannot be is refused in words that name the thing and the way out, before any training."""
+"""Impossible arguments are refused before training, with a message that names the value and a remedy."""
 
 import json
 
@@ -19,7 +19,7 @@ from models import random_model
 
 @pytest.fixture
 def short(tmp_path):
-    """A config that would train for two steps if it were let."""
+    """A config of two steps."""
     return {"steps": 2, "batch_size": 4, "target": 0.5, "eval_blocks": 2}
 
 
@@ -159,7 +159,7 @@ def test_a_teacher_without_its_head(tmp_path, tokenizer):
 
 
 def test_a_teacher_that_is_pickled(teacher, tokenizer, tmp_path):
-    """Opening one would run whatever its maker put there."""
+    """A pickle can execute any code when it is opened."""
     teacher.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(teacher.state_dict(), tmp_path / "pytorch_model.bin")
@@ -233,7 +233,7 @@ def test_a_decoder_with_cross_attention():
         hdlib.width_groups(transformers.BertLMHeadModel(config))
 
 
-def test_a_parameter_that_no_table_knows():
+def test_a_parameter_that_no_table_declares():
     model = random_bert()
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(24)))
     with refused("parameter extra of shape \\(24,\\)", hdlib.UnsupportedArchitecture):
@@ -251,19 +251,22 @@ def test_an_albert_of_several_layers_to_a_group():
 @pytest.mark.parametrize(
     "widths, words",
     [
-        (Widths(hidden=0), "hidden=0 cannot be"),
-        (Widths(hidden=48), "hidden=48 cannot be.*the model's 24"),
-        (Widths(hidden=14), "With 4 heads take hidden=12 or 16"),
-        (Widths(ffn=0), "ffn=0 cannot be"),
-        (Widths(ffn=57), "ffn=57 cannot be.*56"),
-        (Widths(heads=5, hidden=20), "heads=5 cannot be"),
-        (Widths(heads=0), "heads=0 cannot be"),
-        (Widths(hidden=12, heads=4, head_dim=4), "not heads x head_dim"),
-        (Widths(hidden=-12), "hidden=-12 cannot be"),
-        (Widths(ffn=3.5), "ffn=3.5 cannot be"),
+        (Widths(hidden=0), "hidden=0 is impossible"),
+        (Widths(hidden=48), "hidden=48 is impossible.*the model's 24"),
+        (Widths(hidden=14), "hidden=14 with heads=4 .*take hidden=12 or 16"),
+        (Widths(ffn=0), "ffn=0 is impossible"),
+        (Widths(ffn=57), "ffn=57 is impossible.*56"),
+        (Widths(heads=5, hidden=20), "heads=5 is impossible"),
+        (Widths(heads=0), "heads=0 is impossible"),
+        (
+            Widths(hidden=12, heads=4, head_dim=4),
+            "hidden=12 with heads=4 and head_dim=4 is impossible.*hidden is heads x head_dim",
+        ),
+        (Widths(hidden=-12), "hidden=-12 is impossible"),
+        (Widths(ffn=3.5), "ffn=3.5 is impossible"),
     ],
 )
-def test_a_width_that_cannot_be(widths, words, teacher, tokenizer, blocks, short, tmp_path):
+def test_an_impossible_width(widths, words, teacher, tokenizer, blocks, short, tmp_path):
     before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     with refused(words):
         hdlib.narrow(teacher, widths)
@@ -274,10 +277,10 @@ def test_a_width_that_cannot_be(widths, words, teacher, tokenizer, blocks, short
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.5, -0.1])
-def test_a_ratio_that_cannot_be(ratio, teacher):
+def test_an_impossible_ratio(ratio, teacher):
     with refused("in \\(0, 1\\]"):
         Widths.at(teacher, ratio)
-    with refused("target is the fraction"):
+    with refused("target is a fraction"):
         DistillConfig(target=ratio)
 
 
@@ -286,7 +289,7 @@ def test_a_multiple_that_does_not_fit(teacher):
         Widths.at(teacher, 0.5, multiple_of=64)
 
 
-def test_scores_that_cannot_be(teacher):
+def test_impossible_scores(teacher):
     good = {name: torch.ones(group.size) for name, group in hdlib.width_groups(teacher).items()}
     for change, words in (
         ({"hidden": torch.ones(3)}, "shape \\(3,\\)"),
@@ -315,8 +318,8 @@ def test_an_optimizer_of_another_model(teacher):
         ({"prune_start": 0.7, "prune_end": 0.3}, "start before it ends"),
         ({"prune_start": 0.5, "prune_end": 0.5}, "start before it ends"),
         ({"prune_end": 1.2}, "start before it ends"),
-        ({"steps": 10, "prune_start": 0.5, "prune_end": 0.52}, "of 10 steps, pruning from 0.5 to 0.52 leaves none"),
-        ({"target": {"width": 12}}, "target: a shape has hidden, ffn"),
+        ({"steps": 10, "prune_start": 0.5, "prune_end": 0.52}, "prune_end=0.52: no step of 10 lies between them"),
+        ({"target": {"width": 12}}, "target has no width .*width.*: give hidden, ffn"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": -4}, "batch_size must be at least 1"),
         ({"learning_rate": "3e-4"}, "learning_rate must be of type float; got '3e-4'"),
@@ -328,11 +331,11 @@ def test_an_optimizer_of_another_model(teacher):
         ({"hidden": -1.0}, "at least 0"),
         ({"attention_target": "logits"}, "'scores' or 'probs'"),
         ({"mask_probability": 0.0}, "mask_probability"),
-        ({"target": "small"}, "target is a fraction or Widths"),
+        ({"target": "small"}, "target is a fraction to keep, .* or Widths; got 'small'"),
         ({"warmup": 2.0}, "warmup"),
     ],
 )
-def test_a_config_that_cannot_be(arguments, words):
+def test_an_impossible_config(arguments, words):
     with refused(words):
         DistillConfig(**arguments)
 
@@ -344,13 +347,13 @@ def test_a_teacher_whose_weights_are_not_finite(teacher, tokenizer, blocks, shor
     assert not (tmp_path / "run").exists()
 
 
-def test_an_optimizer_whose_state_does_not_follow(teacher, blocks):
+def test_an_optimizer_whose_state_cannot_be_sliced(teacher, blocks):
     from transformers.optimization import Adafactor
 
     optimizer = Adafactor(teacher.parameters(), lr=1e-3, relative_step=False)
     teacher(torch.tensor(blocks[0][:2]["input_ids"])).logits.sum().backward()
     optimizer.step()
-    with refused("exp_avg_sq_row.*does not follow the neurons"):
+    with refused("exp_avg_sq_row.*cannot be sliced"):
         hdlib.narrow(teacher, Widths(hidden=12), None, optimizer)
     assert teacher.config.hidden_size == 24
 
@@ -389,7 +392,7 @@ def test_a_folder_that_holds_another_run(teacher, tokenizer, blocks, short, tmp_
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_with_a_student_of_somebody_else(teacher, tokenizer, blocks, short, tmp_path, resume):
+def test_a_folder_with_another_student(teacher, tokenizer, blocks, short, tmp_path, resume):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "thesis.txt").write_text("years of work")
     with refused("already holds a run \\(student\\)", FileExistsError):

@@ -146,10 +146,10 @@ def test_a_student_comes_closer_to_a_causal_teacher(causal_tokenizer, causal_blo
 def test_blocks_of_the_other_kind_are_refused(teacher, tokenizer, blocks, text_file, causal_tokenizer, tmp_path):
     config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2, precision="float32")
     unmasked = hdlib.load_corpus(text_file, tokenizer, 16, causal=True)
-    with pytest.raises(ValueError, match=r"predicts masked tokens, but .* ask for next ones.*causal=False"):
+    with pytest.raises(ValueError, match=r"predicts masked tokens, but .* of next ones.*causal=False"):
         hdlib.distill(teacher, tokenizer, *unmasked, config, tmp_path / "run")
     gpt = random_model("gpt2", vocabulary=len(tokenizer))
-    with pytest.raises(ValueError, match=r"predicts next tokens, but .* ask for masked ones.*causal=True"):
+    with pytest.raises(ValueError, match=r"predicts next tokens, but .* of masked ones.*causal=True"):
         hdlib.distill(gpt, tokenizer, *blocks, config, tmp_path / "run")
     with pytest.raises(ValueError, match="needs cls_token and sep_token"):
         hdlib.load_corpus(text_file, causal_tokenizer, 16, causal=False)

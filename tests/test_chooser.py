@@ -91,10 +91,10 @@ def test_the_table_shows_what_narrowing_gives(widget, name):
 
 IMPOSSIBLE = {
     "random under masks": ({"initial": "random", "masked": True}, "initial='random' starts at the target shape"),
-    "an uneven hidden width": ({"target": Widths(hidden=100, heads=12, head_dim=8)}, "With 12 heads take hidden=96 or"),
+    "an uneven hidden width": ({"target": Widths(hidden=100, heads=12, head_dim=8)}, "take hidden=96 or"),
     "wider than the teacher": ({"target": Widths(hidden=360)}, "from 1 to the model's 180"),
     "an end before its start": ({"prune_start": 0.8, "prune_end": 0.2}, "pruning must start before it ends"),
-    "too few steps": ({"steps": 3, "prune_start": 0.5, "prune_end": 0.55}, "leaves none: more steps"),
+    "too few steps": ({"steps": 3, "prune_start": 0.5, "prune_end": 0.55}, "lies between them; raise steps"),
     "no such multiple": ({"multiple_of": 1000}, "no multiple of 1000 at or below"),
     "blocks too long": ({"length": 136}, "blocks have 136 tokens, the teacher only 128 positions"),
     "a teacher that is not there": ({"teacher": "./no/<teacher>"}, "there is no folder ./no/<teacher>"),

@@ -1,7 +1,7 @@
-"""What must always hold: every family, every kind of width, three ratios; random shapes; the embedded teacher.
+"""The invariants for every family, every width and three ratios; for random shapes; for the embedded teacher.
 
-One case is one model and one shape, and all eight invariants on it. `pytest --hypothesis-profile long
-tests/test_invariants.py -k random_shapes` tries 10,000 random shapes instead of some hundred.
+One case is one model and one shape with all eight invariants. `pytest --hypothesis-profile long
+tests/test_invariants.py -k random_shapes` tests 10,000 random shapes instead of about a hundred.
 """
 
 import copy
@@ -24,8 +24,8 @@ RATIOS = (0.9, 0.5, 0.29)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models of a few neurons: several threads only wait for one another."""
+def single_thread():
+    """Models of a few neurons are slower on several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
     invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
 
 
-@given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant: nothing before it can move
+@given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant and has no gradient
 def test_random_shapes(tmp_path_factory, drawn):
     _, model, widths = drawn
     invariants.eight(model, widths, random_batch(size=4), tmp_path_factory.mktemp("student"))
@@ -64,7 +64,7 @@ def test_mask_equals_narrow_down_to_one_neuron(drawn):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_twenty_prunes_with_training_between_them(name, tmp_path):
-    """Widths at each, every parameter in the optimiser once and moving, ties; every tenth model opens stock."""
+    """After each: widths, every parameter in the optimiser once and changing, ties; every tenth model is saved."""
     model = random_model(name, heads=6, head_dim=8, ffn=90, hidden=66, groups=3)
     least = Widths.at(model, 0.2)
     shapes = [Widths.of(model).between(least, step / 20, model) for step in range(1, 21)]
@@ -82,7 +82,7 @@ def test_twenty_prunes_with_training_between_them(name, tmp_path):
 
 @given(st.integers(0, 10**6))
 def test_a_masked_bert_computes_what_the_narrowed_one_does(seed):
-    """By masks at the activations of a full-width stock BERT, written without the width groups."""
+    """The masks act on the activations of a full-width stock BERT; they do not use the width groups."""
     model = random_bert(heads=5, head_dim=4, ffn=33, seed=seed % 1000)
     scores = {
         name: torch.rand(group.size, generator=torch.Generator().manual_seed(seed))
@@ -95,8 +95,8 @@ def test_a_masked_bert_computes_what_the_narrowed_one_does(seed):
         expected = forward(model, input_ids)
     got = forward(student, input_ids)
     invariants.close(got.logits, expected.logits)
-    for layer, (ours, theirs) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
-        invariants.close(ours.scores(), theirs.scores()[:, kept[f"layer.{layer}.heads"]])
+    for layer, (narrow, wide) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
+        invariants.close(narrow.scores(), wide.scores()[:, kept[f"layer.{layer}.heads"]])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Masks: what a masked model computes, what comes back, and what cannot be saved."""
+"""Masks: outputs of a masked model, neurons that return, and models that cannot be saved."""
 
 import copy
 
@@ -27,7 +27,7 @@ def random_scores(model, seed=0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name, width", CASES)
 def test_a_masked_model_computes_what_the_narrowed_one_does(name, width):
-    """Logits, every loss term, and the gradient of everything that is not masked; the weights come back."""
+    """Logits, every loss term, and all gradients of kept neurons; the weights are restored."""
     with Doubles():
         teacher = random_model(name).double()
         model, narrow = (random_model(name, seed=5).double() for _ in range(2))
@@ -52,10 +52,10 @@ def test_a_masked_model_computes_what_the_narrowed_one_does(name, width):
             terms.total.backward()
         masks.mask_gradients()
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-        # A masked neuron has no gradient at all, any other that of the narrowed model; head dimensions are rescaled.
-        ours, theirs = (sum(p.grad.abs().sum() for p in m.parameters() if p.grad is not None) for m in (model, narrow))
+        # Masked neurons have no gradient, kept ones that of the narrowed model, unless queries were rescaled.
+        sums = (sum(p.grad.abs().sum() for p in m.parameters() if p.grad is not None) for m in (model, narrow))
         if widths.head_dim == Widths.of(model).head_dim:
-            close(ours, theirs, 1e-9)
+            close(*sums, 1e-9)
 
 
 @pytest.mark.parametrize("name, width", CASES)
@@ -63,7 +63,7 @@ def test_an_exported_model_is_the_masked_one(name, width):
     model = random_model(name).double()
     masks = Masks(model)
     with Doubles():
-        for ratio in (0.7, 0.5):  # two choices, the second among what the first left
+        for ratio in (0.7, 0.5):  # two prunes, the second of the neurons that the first kept
             masks.choose(narrower(name, random_model(name), ratio)[width], random_scores(model, seed=int(10 * ratio)))
         with masks.applied(), torch.no_grad():
             expected = forward(model, random_batch()[0])
@@ -73,7 +73,7 @@ def test_an_exported_model_is_the_masked_one(name, width):
     close(got.logits, expected.logits, 1e-9)
 
 
-def test_without_recovery_what_is_masked_stays_masked():
+def test_without_recovery_masked_neurons_stay_masked():
     model = random_model("bert", ffn=40)
     masks, last = Masks(model), None
     for step, ffn in enumerate((30, 20, 10)):
@@ -94,13 +94,13 @@ def test_with_recovery_neurons_may_return(name):
     with masks.applied():
         forward(model, random_batch()[0]).logits.square().sum().backward()
     masks.mask_gradients()
-    # With what masked neurons are read has a gradient, so they can compete; with none they could never return.
+    # Masked neurons need a nonzero score, from the gradients of the weights that read them, to return.
     scorer = hdlib.scorer("sensitivity")
     scorer.update(model)
-    gone = {key: sorted(set(range(len(score))) - set(kept[key].tolist())) for key, score in scorer.scores().items()}
-    assert all((score[gone[key]] > 0).all() for key, score in scorer.scores().items())
+    removed = {key: sorted(set(range(len(score))) - set(kept[key].tolist())) for key, score in scorer.scores().items()}
+    assert all((score[removed[key]] > 0).all() for key, score in scorer.scores().items())
     turned = masks.choose(narrow, {key: 1 - score for key, score in scores.items()})
-    assert all(len(turned[key]) == len(kept[key]) and not torch.equal(turned[key], kept[key]) for key in gone)
+    assert all(len(turned[key]) == len(kept[key]) and not torch.equal(turned[key], kept[key]) for key in removed)
     masks.choose(wide, scores)
     with masks.applied(), torch.no_grad():
         assert torch.equal(forward(model, random_batch()[0]).logits, model(random_batch()[0]).logits)
@@ -113,11 +113,11 @@ def test_a_global_quota_ranks_all_layers_together(name, recover):
     masks = Masks(model, scope="global", recover=recover)
     widths = Widths.at(model, 0.5)
     scores = random_scores(model)
-    scores["layer.1.ffn"] *= 0.01  # what matters least is in the middle layer
+    scores["layer.1.ffn"] *= 0.01  # the least important neurons are in the middle layer
     scores = {key: score.double() for key, score in scores.items()}
     before = copy.deepcopy(scores)
     kept = masks.choose(widths, scores)
-    assert all(torch.equal(score, before[key]) for key, score in scores.items()), "the scorer's averages stay"
+    assert all(torch.equal(score, before[key]) for key, score in scores.items()), "the scorer's averages are unchanged"
     counts = [len(kept[f"layer.{layer}.ffn"]) for layer in range(3)]
     assert sum(counts) == 3 * widths.ffn and counts[1] == max(1, 3 * widths.ffn - 2 * 56)
     outer = [f"layer.{layer}.ffn" for layer in (0, 2)]
@@ -139,7 +139,7 @@ def test_an_unknown_scope():
 
 
 def test_sensitivities_are_those_of_the_narrowed_model():
-    """Scores of what is not masked are the same in both, so that both go on to keep the same neurons."""
+    """Kept neurons have the same scores in both, so the next prune keeps the same neurons."""
     model = random_model("bert")
     widths = Widths(ffn=20, heads=2).resolved(model)
     scores = sensitivities(model, random_batch())
@@ -151,25 +151,25 @@ def test_sensitivities_are_those_of_the_narrowed_model():
         with context:
             forward(each, random_batch()[0]).logits.square().sum().backward()
     masks.mask_gradients()
-    ours, theirs = hdlib.scorer(), hdlib.scorer()
-    ours.update(model)
-    theirs.update(narrow)
-    for name, score in theirs.scores().items():
-        torch.testing.assert_close(ours.scores()[name][kept[name]], score, rtol=1e-3, atol=1e-5)
+    masked_scorer, narrow_scorer = hdlib.scorer(), hdlib.scorer()
+    masked_scorer.update(model)
+    narrow_scorer.update(narrow)
+    for name, score in narrow_scorer.scores().items():
+        torch.testing.assert_close(masked_scorer.scores()[name][kept[name]], score, rtol=1e-3, atol=1e-5)
 
 
 # --- whole runs
 
 
 def test_the_dense_baseline_trains_what_narrowing_trains(teacher, tokenizer, blocks, tmp_path):
-    """Masked and removed at the end, or removed on the way: the same run. Head dimensions stay here, since Adam moves
-    rescaled queries by other steps."""
+    """Masking until the end and narrowing during training give the same run. head_dim is fixed here, since Adam's
+    steps are not proportional to rescaled queries."""
     arguments = ARGUMENTS | {"target": {"hidden": 12, "ffn": 28, "heads": 2, "head_dim": 6}}
     narrowed = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**arguments), tmp_path / "narrowed")
     masked = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**arguments, masked=True), tmp_path / "masked")
     for column in ("total", "attention", "hidden", "gradient_norm", "held_out_kl", "held_out_hidden", "hidden_size"):
-        ours, theirs = masked.metrics[column].dropna(), narrowed.metrics[column].dropna()
-        assert ours.to_list() == pytest.approx(theirs.to_list(), rel=2e-3, abs=1e-5), column
+        got, wanted = (run.metrics[column].dropna().to_list() for run in (masked, narrowed))
+        assert got == pytest.approx(wanted, rel=2e-3, abs=1e-5), column
     expected = weights(narrowed)
     assert expected.keys() == weights(masked).keys()
     for name, tensor in weights(masked).items():
@@ -185,7 +185,7 @@ def test_a_run_with_recovery_ends_as_a_stock_model(teacher, tokenizer, blocks, t
         assert measured[name] == pytest.approx(run.metrics[f"held_out_{name}"].iloc[-1], rel=1e-3), name
 
 
-def test_a_run_with_a_global_quota_says_why_it_has_no_student(teacher, tokenizer, blocks, tmp_path):
+def test_a_run_with_a_global_quota_has_no_student(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS, scope="global")
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     assert run.finished and run.metrics["intermediate_size"].iloc[-1] == 28

@@ -1,4 +1,4 @@
-"""Models that are not just loaded: each works, or is refused in words before anything is touched."""
+"""Models that were altered after loading: each works, or is refused before anything is changed."""
 
 import copy
 import os
@@ -67,8 +67,8 @@ def test_gradient_checkpointing_works(model):
     for each in (narrowed(model), plain):
         torch.manual_seed(0)
         logits(each.train()).square().sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, msg=name)
 
 
 def test_a_model_compiled_in_place_works(model):
@@ -100,18 +100,18 @@ def test_an_adapter_inside_the_model_is_refused(model):
 
 def test_quantised_weights_are_refused(model):
     dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear})
-    refuses(dynamic, "do not have the same parameters: bert.encoder.layer.0.attention", hdlib.UnsupportedArchitecture)
+    refuses(dynamic, "differ: bert.encoder.layer.0.attention", hdlib.UnsupportedArchitecture)
     for dtype in (torch.int8, torch.uint8):
         packed = copy.deepcopy(model)
         weights = torch.zeros(24, 56, dtype=dtype)
         packed.bert.encoder.layer[0].output.dense.weight = torch.nn.Parameter(weights, requires_grad=False)
         refuses(packed, "layer.0.output.dense.weight is a .*int8, quantised")
-    model.is_quantized = True  # what the quantisers of Transformers set
+    model.is_quantized = True  # as the quantisers of Transformers set it
     refuses(model, "the model is quantised")
 
 
 def test_weights_on_the_meta_device_are_refused(model):
-    refuses(copy.deepcopy(model).to("meta"), "meta device.*Load the model into memory")
+    refuses(copy.deepcopy(model).to("meta"), "meta device.*load the model into memory")
     refuses(cpu_offload(model), "meta device.*offloaded")
 
 
@@ -130,7 +130,7 @@ def test_sharded_weights_are_refused(model, process_group):
     refuses(fully_shard(copy.deepcopy(model), mesh=init_device_mesh("cpu", (1,))), "is a DTensor .*sharded")
     wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
     refuses(wrapped, "DistributedDataParallel is no .*module of a parallel wrapper", hdlib.UnsupportedArchitecture)
-    emptied = model.bert.encoder.layer[1].output.dense  # what ZeRO leaves of a parameter between its uses
+    emptied = model.bert.encoder.layer[1].output.dense  # a parameter of ZeRO between two uses
     emptied.weight = torch.nn.Parameter(torch.empty(0))
     refuses(model, "output.dense.weight of shape \\(0,\\).*sharded", hdlib.UnsupportedArchitecture)
 
@@ -138,7 +138,7 @@ def test_sharded_weights_are_refused(model, process_group):
 def test_ties_that_were_cut_are_refused(model):
     decoder = model.cls.predictions.decoder
     decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
-    refuses(model, "decoder.weight.*Ties", hdlib.UnsupportedArchitecture)
+    refuses(model, "decoder.weight.*Restore ties", hdlib.UnsupportedArchitecture)
 
 
 def test_a_run_is_refused_before_it_starts(model, teacher, tokenizer, blocks, tmp_path):

@@ -1,4 +1,4 @@
-"""Importance against an independent NumPy reference, averages that follow a prune."""
+"""Importance against an independent NumPy reference; averages after a prune."""
 
 import copy
 
@@ -16,7 +16,7 @@ from models import random_model
 
 @pytest.fixture
 def trained():
-    """A model with gradients of a real loss against a teacher of other weights."""
+    """A model with gradients of the total loss against a teacher with other weights."""
     return with_gradients("bert")
 
 
@@ -31,7 +31,7 @@ def elements(model) -> dict[str, np.ndarray]:
     return {name: (p.detach() * p.grad).abs().double().numpy() for name, p in model.named_parameters()}
 
 
-# --- the reference: column sums of |theta * gradient|, matrix by matrix, as the coupling asks for them
+# --- the reference: row and column sums of |theta * gradient|, one matrix after the other
 
 
 def bert_importance(e: dict, layers: int) -> dict[str, np.ndarray]:
@@ -125,8 +125,8 @@ def test_importance_and_kept_neurons_agree_with_numpy(name):
             assert kept[f"{at}.{pair}"].tolist() == [4 * h + i for h in heads for i in highest(score[h], 3)]
 
 
-def test_platon_is_its_published_formulas():
-    """Sensitivity smoothed with beta_1, |difference| smoothed with beta_2, their product, summed over a neuron."""
+def test_platon_equals_its_published_formulas():
+    """Sensitivity smoothed with beta_1, times |difference| smoothed with beta_2, summed over a neuron."""
     scorer = hdlib.scorer("platon", smoothing=0.85, uncertainty=0.95)
     smoothed, uncertain = 0.0, 0.0
     model = with_gradients("bert")
@@ -145,7 +145,7 @@ def test_platon_is_its_published_formulas():
 
 
 def test_platon_follows_prunes():
-    """Two prunes in a row, then a step: what it has of each weight is what that weight had."""
+    """After two prunes in a row every remaining weight still has its own average."""
     model = with_gradients("gpt2")
     scorer = hdlib.scorer("platon")
     scorer.update(model)
@@ -156,11 +156,11 @@ def test_platon_follows_prunes():
         assert all(torch.equal(score, before[name][kept[name]]) for name, score in scorer.scores().items())
     for name, parameter in model.named_parameters():
         assert scorer._smoothed[name].shape == parameter.shape
-        # |theta * gradient| of a narrowed weight is what was smoothed once, from zero
+        # smoothed once from 0; |theta * gradient| is the same for a rescaled query
         torch.testing.assert_close(scorer._smoothed[name], 0.15 * (parameter * parameter.grad).abs())
 
 
-def test_movement_keeps_what_moves_away_from_zero(trained):
+def test_movement_keeps_weights_that_move_away_from_zero(trained):
     scorer = hdlib.scorer("movement", smoothing=0.0)
     scorer.update(trained)
     signed = {name: (-(p.detach() * p.grad)).double().numpy() for name, p in trained.named_parameters()}
@@ -197,7 +197,7 @@ def test_scores_follow_a_prune(trained):
     assert all(len(score) == len(kept[name]) for name, score in scorer.scores().items())
 
 
-def test_the_highest_scores_stay(trained):
+def test_the_highest_scores_are_kept(trained):
     scorer = hdlib.scorer("sensitivity")
     scorer.update(trained)
     scores = scorer.scores()
@@ -209,7 +209,7 @@ def test_the_highest_scores_stay(trained):
     assert set(kept["layer.0.query_key"].tolist()) == expected
 
 
-def test_heads_go_by_the_sum_of_their_dimensions():
+def test_heads_are_ranked_by_the_sum_of_their_dimensions():
     model = random_bert(heads=4, head_dim=3)
     scores = {name: torch.ones(group.size) for name, group in hdlib.width_groups(model).items()}
     scores["layer.1.query_key"][3:6] = 5.0  # head 1 of layer 1

@@ -1,4 +1,4 @@
-"""Shapes: the published ones, the nearest possible ones, and every head a BERT can wear."""
+"""Shapes: the published ones, the nearest possible ones, every task head; messages for impossible shapes."""
 
 import copy
 
@@ -25,8 +25,8 @@ def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
         widths = Widths.at(base, ratio)
         assert widths == Widths(hidden, ffn, hidden // 12, 12)
         narrow = BertModel(BertConfig(hidden_size=hidden, intermediate_size=ffn))
-    layers_and_words = sum(p.numel() for n, p in narrow.named_parameters() if "layer" in n or "word" in n)
-    assert layers_and_words / 1e6 == pytest.approx(millions, rel=0.01)
+    layers_and_tokens = sum(p.numel() for n, p in narrow.named_parameters() if "layer" in n or "word" in n)
+    assert layers_and_tokens / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_the_nearest_possible_shape():
@@ -49,7 +49,7 @@ def test_the_nearest_possible_shape():
         (Widths(), Widths(24, 56, 6, 4)),
     ],
 )
-def test_what_is_left_out_follows(given, full):
+def test_missing_widths_follow(given, full):
     model = random_bert(heads=4, head_dim=6, ffn=56)
     assert given.resolved(model) == full
     hdlib.narrow(model, given)
@@ -57,33 +57,33 @@ def test_what_is_left_out_follows(given, full):
 
 
 @pytest.mark.parametrize("multiple_of", [1, 8, 16, 100])
-def test_the_way_between_two_shapes(multiple_of):
+def test_the_path_between_two_shapes(multiple_of):
     with torch.device("meta"):
         base = BertModel(BertConfig())
     wide, narrow = Widths(768, 3072, 64, 12), Widths(228, 891, 19, 12)
     assert wide.between(narrow, 0.0, base) == wide and wide.between(narrow, 1.0, base) == narrow
-    way = [wide.between(narrow, i / 100, base, multiple_of) for i in range(101)]
-    for shape in way[1:-1]:
+    path = [wide.between(narrow, i / 100, base, multiple_of) for i in range(101)]
+    for shape in path[1:-1]:
         assert all(width % multiple_of == 0 or width in (768, 3072) for width in (shape.hidden, shape.ffn))
-    assert len(set(way)) > 3
+    assert len(set(path)) > 3
     for name in ("hidden", "ffn", "head_dim"):
-        widths = [getattr(shape, name) for shape in way]
+        widths = [getattr(shape, name) for shape in path]
         assert widths == sorted(widths, reverse=True)
-    assert all(shape.hidden == shape.heads * shape.head_dim for shape in way)
+    assert all(shape.hidden == shape.heads * shape.head_dim for shape in path)
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("ratio", [0.71, 0.33])
 @pytest.mark.parametrize("multiple_of", [1, 4])
-def test_the_way_of_every_family_is_made_of_possible_shapes(name, ratio, multiple_of):
+def test_the_path_of_every_family_consists_of_possible_shapes(name, ratio, multiple_of):
     model = random_model(name, heads=12, head_dim=8, ffn=90, hidden=12 * 9, groups=3)
     wide, narrow = Widths.of(model), Widths.at(model, ratio)
-    way = [wide.between(narrow, i / 40, model, multiple_of) for i in range(41)]
-    assert way[0] == wide and way[-1] == narrow != wide
-    for shape in way:
+    path = [wide.between(narrow, i / 40, model, multiple_of) for i in range(41)]
+    assert path[0] == wide and path[-1] == narrow != wide
+    for shape in path:
         assert shape.resolved(model) == shape and narrow.fits_in(shape) and shape.fits_in(wide)
-    taken = [wide]  # as the loop takes them: a shape that does not fit in the one before waits
-    for shape in way:
+    taken = [wide]  # as in the loop, which skips a shape that does not fit in the one before
+    for shape in path:
         taken += [shape] if shape.fits_in(taken[-1]) and shape != taken[-1] else []
     assert taken[-1] == narrow and len(taken) > 4
 
@@ -101,7 +101,7 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_head_narrows_and_loads(architecture, task, tmp_path):
-    """The bare encoder and every head for a task: as the masked one computes, and as stock code opens it."""
+    """The bare encoder and every task head: equal to the masked model, and opened by the stock class."""
     config = random_model(ARCHITECTURES[architecture]).config
     if type(config) not in TASKS[task]:
         pytest.skip(f"Transformers has no {architecture} for {task}")
@@ -136,19 +136,27 @@ def test_unusual_berts_narrow_and_load(tied, tmp_path):
         loaded, report = kind.from_pretrained(tmp_path / kind.__name__, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         input_ids, _ = random_batch()
-        for ours, theirs in zip(model(input_ids).to_tuple(), loaded.eval()(input_ids).to_tuple(), strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for got, expected in zip(loaded.eval()(input_ids).to_tuple(), model(input_ids).to_tuple(), strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(
     "name, widths, words",
     [
-        ("modernbert", Widths(head_dim=3), "head_dim=3: the head dimensions of 'modernbert' .* stay 6.*whole heads"),
-        ("modernbert", Widths(hidden=14), "not heads x head_dim.*With heads of 6 take hidden=12 or 18"),
-        ("qwen3", Widths(head_dim=4), "stay 6; narrow it by whole heads"),
+        (
+            "modernbert",
+            Widths(head_dim=3),
+            "head_dim=3 is impossible for 'modernbert': head_dim stays 6.*remove whole heads",
+        ),
+        (
+            "modernbert",
+            Widths(hidden=14),
+            "hidden=14 with .*head_dim=6 is impossible.*hidden is heads x head_dim; take hidden=12 or 18",
+        ),
+        ("qwen3", Widths(head_dim=4), "head_dim stays 6.*remove whole heads"),
         ("qwen3", Widths(heads=3), "heads=3: .* 2 query heads share a key/value head.*a multiple of 2"),
-        ("llama", Widths(hidden=27), "a multiple of heads. With 4 heads take hidden=24"),
-        ("gemma3", Widths(hidden=14), "the hidden width of 'gemma3_text' cannot change from 28: .*sqrt"),
+        ("llama", Widths(hidden=27), "hidden is a multiple of heads; take hidden=24 or 28"),
+        ("gemma3", Widths(hidden=14), "hidden=14 is impossible for 'gemma3_text': hidden stays 28, .*sqrt"),
         ("electra", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
         ("deberta-v2", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
         ("opt", Widths(hidden=12), "hidden=12 is the width of the embeddings.*no projection"),
@@ -162,10 +170,10 @@ def test_what_a_family_cannot_become(name, widths, words):
 
 
 @pytest.mark.parametrize("name, option", [("electra", "embedding_size"), ("opt", "word_embed_proj_dim")])
-def test_the_width_of_the_embeddings_is_stepped_over(name, option):
-    """A student whose hidden width met that of its embeddings would be opened without the projection between them."""
+def test_the_width_of_the_embeddings_is_skipped(name, option):
+    """If a student's hidden width equalled that of its embeddings, it would be loaded without their projection."""
     model = random_model(name, **{option: 12})
     assert Widths.at(model, 0.5) == Widths(hidden=8, ffn=28, head_dim=2, heads=4)
     least = Widths.at(model, 0.3)
-    way = [Widths.of(model).between(least, i / 40, model) for i in range(41)]
-    assert {shape.hidden for shape in way} == {24, 20, 16, 8}
+    path = [Widths.of(model).between(least, i / 40, model) for i in range(41)]
+    assert {shape.hidden for shape in path} == {24, 20, 16, 8}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict, fields
 from functools import cache
 from html import escape
-from inspect import getsource, signature
+from inspect import signature
 from pathlib import Path
 from threading import Thread
 
@@ -299,8 +298,7 @@ def _controls(folder: Path) -> dict[str, widgets.Widget]:
     default |= {"teacher": signature(load_teacher).parameters["name_or_path"].default}
     default |= {"corpus": default.pop("name_or_path"), "run_dir": str(folder / "chosen")}
     default |= {field.name: field.default for field in fields(DistillConfig)}
-    # What a field means is said by the comment beside it.
-    meaning = PLACES | dict(re.findall(r"^    (\w+): .*?  # (.+)$", getsource(DistillConfig), re.M))
+    meaning = PLACES | {field.name: field.metadata["help"] for field in fields(DistillConfig)}
     return {name: _control(name, default[name], meaning[name]) for names in GROUPS.values() for name in names}
 
 
