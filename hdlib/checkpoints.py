@@ -1,11 +1,7 @@
-"""Model folders that are whole or not there at all, and checkpoints that can tell whether they still are.
+"""Model folders that are written completely or not at all; checkpoints that detect damage.
 
-    config.json, model.safetensors, tokenizer files    what stock classes open
-    training.safetensors, training.json                the training state: its tensors, and all that is none
-    files.json                                         size and SHA-256 of each; written last
-
-A folder is written under a temporary name, on the disk for good before it gets its own. Nothing in it is pickled:
-opening one runs nobody's code.
+A checkpoint is a model folder with the training state (training.pt) and the size and SHA-256 of each file (files.json).
+Loading never executes code: weights are safetensors, and the training state is read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -15,27 +11,24 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .models import no_progress_bars
 
-TENSORS, REST, FILES = "training.safetensors", "training.json", "files.json"
+STATE, FILES = "training.pt", "files.json"
 
 
 class BrokenCheckpoint(ValueError):
-    """A checkpoint of which something is missing or not what was written; the message names the file."""
+    """A file of a checkpoint is missing, damaged or unsafe to load. The message names the file."""
 
 
 def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card: str | None = None) -> None:
-    """Write a model folder; with a training state, a checkpoint.
+    """Write a model folder (with `state`: a checkpoint) under a temporary name, flush it to the disk, then rename it.
 
-    Raises:
-        OSError: it could not be written, for want of room for instance. What had the folder's name stays, and nothing
-            of the attempt does.
+    Raises OSError if that fails, for example on a full disk. An older `folder` stays; the temporary one is removed.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -46,83 +39,56 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card:
         if card is not None:
             (temporary / "README.md").write_text(card)
         if state is not None:
-            _save_state(temporary, state)
+            with (temporary / STATE).open("wb") as file:
+                torch.save(state, file)
             (temporary / FILES).write_text(json.dumps(_fingerprints(temporary), indent=2) + "\n")
-        _to_disk(*temporary.rglob("*"), temporary)
+        _flush(*temporary.rglob("*"), temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        _to_disk(folder.parent)
+        _flush(folder.parent)
     except Exception as error:
-        if type(error) in (Exception, SafetensorError):  # what libraries written in Rust make of a full disk
-            raise OSError(str(error)) from error
+        # tokenizers, torch and safetensors raise these on a full disk; torch gives the reason in the context only.
+        if type(error) in (Exception, RuntimeError, SafetensorError):
+            raise OSError(str(error.__context__ or error)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict:
-    """The training state of a checkpoint. Raises BrokenCheckpoint unless every file of it is as it was written."""
-    _check_whole(folder)
-    tensors = load_file(folder / TENSORS, device=str(device))
-    return _joined(json.loads((folder / REST).read_text()), tensors)
+    """Check every file of a checkpoint, then read its training state.
 
-
-def _save_state(folder: Path, state: dict) -> None:
-    tensors: dict[str, Tensor] = {}
-    rest = _parted(state, "", tensors)
-    save_file(tensors, folder / TENSORS)
-    (folder / REST).write_text(json.dumps(rest, allow_nan=False))
-
-
-def _parted(value, name: str, tensors: dict[str, Tensor]):
-    """What JSON can hold of a state, with the tensors put aside under the names of their places."""
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().clone().contiguous()  # one of a kind: a file holds no memory that is shared
-        return {"tensor": name}
-    if isinstance(value, dict):  # as pairs, since keys may be numbers
-        return {"pairs": [[key, _parted(part, f"{name}/{key}", tensors)] for key, part in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_parted(part, f"{name}/{place}", tensors) for place, part in enumerate(value)]
-    return value
-
-
-def _joined(rest, tensors: dict[str, Tensor]):
-    if isinstance(rest, list):
-        return [_joined(part, tensors) for part in rest]
-    if isinstance(rest, dict):
-        if "tensor" in rest:
-            return tensors[rest["tensor"]]
-        return {key: _joined(part, tensors) for key, part in rest["pairs"]}
-    return rest
-
-
-def _fingerprints(folder: Path) -> dict[str, dict]:
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
-
-
-def _check_whole(folder: Path) -> None:
+    Raises BrokenCheckpoint for a missing, damaged or unsafe file, ValueError for a checkpoint of hdlib 0.1.
+    """
     try:
         expected = json.loads((folder / FILES).read_text())
     except (OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{folder / FILES} cannot be read ({error})") from error
     found = _fingerprints(folder)
     for name, written in expected.items():
-        if name not in found:
-            raise BrokenCheckpoint(f"{folder / name} is missing")
-        size, whole = found[name]["bytes"], written["bytes"]
-        if size != whole:
-            raise BrokenCheckpoint(f"{folder / name} has {size} of {whole} bytes")
-        if found[name] != written:
-            raise BrokenCheckpoint(f"{folder / name} is not what was written")
+        if found.get(name) != written:
+            raise BrokenCheckpoint(
+                f"{folder / name} is missing or damaged: expected {written}, found {found.get(name)}"
+            )
+    if STATE not in expected:
+        raise ValueError(f"{folder} is a checkpoint of hdlib 0.1: resume it with that version, or name another folder")
+    try:
+        return torch.load(folder / STATE, map_location=device, weights_only=True)
+    except UnpicklingError as error:
+        raise BrokenCheckpoint(f"{folder / STATE} contains a pickled object, which could execute code") from error
 
 
-def _to_disk(*paths: Path) -> None:
-    """Wait until files and folders are on the disk, so that a crash of the machine leaves them whole."""
+def _fingerprints(folder: Path) -> dict[str, dict]:
+    fingerprints = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        fingerprints[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return fingerprints
+
+
+def _flush(*paths: Path) -> None:
+    """Wait until files and folders are on the disk, so that they survive a crash of the machine."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

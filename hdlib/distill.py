@@ -15,15 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import card
 from .config import MAY_CHANGE, DistillConfig
 from .data import Blocks, Masking, NextToken, TrainingBatches, as_blocks, micro_batches
 from .masks import applied
 from .models import forward, frozen_copy, recording
 from .narrowing import narrow
-from .neurons import RECORDED, Prune
 from .precision import autocast, bfloat16_gain, cast_once, casting_again, chosen
-from .runs import Run
+from .runs import RECORDED, Prune, Run
 from .training import Stopped, StopRequest, Training, memory_guard
 from .widths import Widths, family
 
@@ -160,7 +158,7 @@ def _homotopy(accelerator: Accelerator, training: Training, batches: DataLoader,
             if (stopped or step % config.checkpoint_every == 0) and step < config.steps:
                 report.checkpoint()
                 if stopped:
-                    raise Stopped(f"asked to stop, and stopped after step {step}. {report.run.way_back}")
+                    raise Stopped(f"asked to stop, and stopped after step {step}. {report.run.resume_hint}")
 
 
 def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -174,7 +172,7 @@ def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: P
         if training.kept:
             run.save_kept(training.kept)
         if exported:
-            run.save_student(training.student, tokenizer, card(run, training.student, training.teacher))
+            run.save_student(training.student, tokenizer, training.teacher)
         else:
             run.save_checkpoint(training.step, training.student, tokenizer, training.state(), training.config.keep_last)
     accelerator.wait_for_everyone()
@@ -293,7 +291,7 @@ def _check_finite(step: int, values: dict[str, float], run: Run) -> None:
     if broken:
         name = next((name for name in broken if name != "total"), broken[0])
         raise Diverged(
-            f"step {step}: {name.replace('_', ' ')} is {values[name]}. {run.way_back} "
+            f"step {step}: {name.replace('_', ' ')} is {values[name]}. {run.resume_hint} "
             "A lower learning_rate or a longer warmup is the usual way out."
         )
 

@@ -1,12 +1,11 @@
-"""Runs are folders: what a training did, in files that outlive it.
+"""Run folders: what one training leaves on the disk.
 
-run.json                    arguments, versions, teacher, data; written before the first step
-metrics.jsonl               one line of JSON for each logged step
-checkpoints/step_00000400/  a stock model folder, the tokenizer, and the training state beside them
-kept.json                   which of the teacher's neurons the student still has, by group; written before it
-neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which stayed; about 100 of them
-student/                    the result, a stock model folder; missing where neurons were ranked over all layers
-.lock                       held by the process that writes here
+run.json                           arguments, versions and machine; written before the first step.
+metrics.jsonl                      one JSON record for each logged step.
+checkpoints/step_00000400/         a stock model folder, the tokenizer and the training state.
+neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which were kept.
+kept.json                          indices of the teacher's neurons that the student kept, by group.
+student/                           the result, a stock model folder; absent for scope="global".
 """
 
 from __future__ import annotations
@@ -15,92 +14,97 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import save_folder
 from .config import DistillConfig
-from .models import SAFE_LOADING, language_model_class, no_progress_bars
-from .neurons import Prune, step_of
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .models import EMBEDDED_TEACHER, load_teacher
+from .widths import Widths, family
 
 PARTS = ("run.json", "metrics.jsonl", "checkpoints", "neurons", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+RECORDED = 100  # about this many prunes of a run are recorded at most
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Importance of the teacher's neurons at a prune and the neurons it kept, by group."""
+
+    step: int
+    importance: Mapping[str, Tensor]  # (N,) at least 0; nan for neurons removed earlier
+    kept: Mapping[str, Tensor]  # (N,) bool, after the prune
+
+    @classmethod
+    def of(cls, step: int, sizes: Mapping[str, int], scores, before, after) -> Prune:
+        """From scores of the student's neurons (under masks: all) and the indices kept `before` and `after`."""
+        importance, kept = {}, {}
+        for name, score in scores.items():
+            scored = before[name].cpu() if len(score) < sizes[name] else torch.arange(sizes[name])
+            importance[name] = torch.full((sizes[name],), torch.nan).index_copy(0, scored, score.float().cpu())
+            kept[name] = torch.zeros(sizes[name], dtype=torch.bool).index_fill(0, after[name].cpu(), True)
+        return cls(step, importance, kept)
 
 
 class Run:
-    """A run folder, opened. Everything is read from files when asked for; the metrics again when they have grown."""
+    """An opened run folder. Properties read the files at each access."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._read: tuple[tuple[int, int] | None, pd.DataFrame | None] = (None, None)
+        self._parsed = (b"", None)  # the lines of metrics.jsonl and their table
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
-        """Open a run folder, finished or not.
-
-        Raises:
-            FileNotFoundError: no run.json there.
-        """
-        run = cls(folder)
-        if not run.begun:
-            raise FileNotFoundError(f"{folder} is no run folder: it holds no run.json")
-        return run
+        """Open a run folder, finished or not. Raises FileNotFoundError if it has no run.json."""
+        if not cls(folder).begun:
+            raise FileNotFoundError(f"{folder} is no run folder: it has no run.json")
+        return cls(folder)
 
     @classmethod
     def start(cls, folder: str | Path, arguments: dict, processes: int = 1) -> Run:
-        """Make a new run folder. Raises FileExistsError if another run is there, or a part of one."""
+        """Create a run folder. Raises FileExistsError if it has files of another run."""
         run = cls(folder)
-        if there := [name for name in PARTS if run._file(name).exists()]:
-            raise FileExistsError(
-                f"{folder} already holds a run ({', '.join(there)}); "
-                "pass resume=True to go on with it, or another folder for a new one"
-            )
-        run.folder.mkdir(parents=True, exist_ok=True)
-        description = {"arguments": arguments, "processes": processes, "versions": _versions(), "machine": _machine()}
-        write_whole(run._file("run.json"), json.dumps(description, indent=2, allow_nan=False) + "\n")
+        if found := [name for name in PARTS if (run.folder / name).exists()]:
+            raise FileExistsError(f"{folder} already holds a run ({', '.join(found)}): use resume=True or a new folder")
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+        description = {"arguments": arguments, "processes": processes, "versions": versions, "machine": machine}
+        write_whole(run.folder / "run.json", json.dumps(description, indent=2, allow_nan=False) + "\n")
         return run
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder: two runs that write to one would mix.
-
-        Raises:
-            FileExistsError: another process holds it.
-            OSError: nothing can be written there.
-        """
-        lock = FileLock(self._file(".lock"), timeout=0)
+        """Lock the folder. Raises FileExistsError if another process holds it, OSError if it is not writable."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock = FileLock(self.folder / ".lock").acquire(timeout=0)
         except Timeout as error:
-            raise FileExistsError(
-                f"another process is writing to {self.folder}: wait for it, or name another folder"
-            ) from error
+            raise FileExistsError(f"another process is writing to {self.folder}: wait, or use a new folder") from error
         except OSError as error:
             raise OSError(f"nothing can be written to {self.folder} ({error.strerror}): name another folder") from error
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     @property
     def description(self) -> dict:
-        """Arguments, versions and machine, as they were when the run started."""
+        """Arguments, number of processes, versions and machine at the start of the run."""
         try:
-            return json.loads(self._file("run.json").read_text())
+            return json.loads((self.folder / "run.json").read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self._file('run.json')} is damaged and cannot be read: {error}") from error
+            raise ValueError(f"{self.folder / 'run.json'} is damaged and cannot be read: {error}") from error
 
     @property
     def arguments(self) -> dict:
@@ -111,173 +115,177 @@ class Run:
         return DistillConfig(**self.arguments["config"])
 
     @property
-    def metrics(self) -> pd.DataFrame:
-        """Every logged step as a pandas DataFrame, indexed by step; empty before the first.
-
-        Raises:
-            ValueError: a line that cannot be read.
-        """
+    def metrics(self):
+        """A DataFrame of the logged steps, indexed by step; empty before the first. Raises ValueError if damaged."""
         import pandas as pd
 
-        path = self._file("metrics.jsonl")
-        if not path.exists():
-            return pd.DataFrame()
-        state = path.stat()
-        stamp = (state.st_mtime_ns, state.st_size)
-        if self._read[0] != stamp:  # it has grown, or was never read
-            self._read = (stamp, _read_metrics(path))
-        return self._read[1].copy(deep=False)  # written to, it is copied
+        lines = self._lines()
+        if lines and lines != self._parsed[0]:
+            try:
+                self._parsed = (lines, pd.read_json(BytesIO(lines), lines=True, engine="pyarrow").set_index("step"))
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{self.folder / 'metrics.jsonl'} is damaged and cannot be read: {error}") from error
+        return self._parsed[1].copy(deep=False) if lines else pd.DataFrame()
 
     def records(self) -> list[dict]:
-        """The lines of metrics.jsonl. A last line that was cut off by a kill is left out."""
-        path = self._file("metrics.jsonl")
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        """The logged steps, one dictionary each."""
+        return [json.loads(line) for line in self._lines().splitlines()]
+
+    def _lines(self) -> bytes:
+        """The complete lines of metrics.jsonl; the last one is incomplete after a kill."""
+        path = self.folder / "metrics.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        return content.rpartition(b"\n")[0]
 
     @property
     def begun(self) -> bool:
-        return self._file("run.json").exists()
+        return (self.folder / "run.json").exists()
 
     @property
     def finished(self) -> bool:
-        return self.begun and (self.has_student or self._last_step().is_dir())
+        return self.begun and (self.has_student or self.arguments["config"]["steps"] in map(_step, self.checkpoints()))
 
     @property
     def has_student(self) -> bool:
-        """Whether there is a result that stock classes open; under a global quota there never is."""
-        return self._file("student").is_dir()
+        """Whether the result is a stock model folder; always False for scope="global"."""
+        return (self.folder / "student").is_dir()
 
     @property
     def student_folder(self) -> Path:
-        """Where the result lies: a folder that plain AutoModelForMaskedLM (or ForCausalLM) opens."""
+        """The result, a stock model folder. Raises FileNotFoundError before the end or for scope="global"."""
         if not self.finished:
-            raise FileNotFoundError(f"{self.folder} holds no student yet: the run has not finished")
+            raise FileNotFoundError(f"{self.folder} has no student: the run has not finished")
         if not self.has_student:
-            raise FileNotFoundError(
-                f"{self.folder} has no student that could be saved: neurons were ranked over all layers "
-                f"(scope='global'), which no stock class can hold. Its wide model and masks are in {self._last_step()}"
-            )
-        return self._file("student")
+            reason = "scope='global' gives widths that no stock class can hold"
+            raise FileNotFoundError(f"{self.folder} has no student: {reason}. Its masks: {self.checkpoints()[-1]}")
+        return self.folder / "student"
 
     def student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The result and its tokenizer, through the stock classes."""
-        auto_class = language_model_class(AutoConfig.from_pretrained(self.student_folder, trust_remote_code=False))
-        with no_progress_bars():
-            model = auto_class.from_pretrained(self.student_folder, dtype=torch.float32, **SAFE_LOADING)
-        return model, AutoTokenizer.from_pretrained(self.student_folder, trust_remote_code=False)
+        """The result in float32 and its tokenizer, both of stock classes."""
+        return load_teacher(self.student_folder)
 
     @property
     def kept(self) -> dict[str, list[int]]:
-        """Which of the teacher's neurons the student still has: group name to indices.
-
-        Raises:
-            FileNotFoundError: not finished, or the student never was the teacher's copy.
-        """
-        path = self._file("kept.json")
+        """Indices of the teacher's neurons that the student kept, by group. Raises FileNotFoundError if none."""
+        path = self.folder / "kept.json"
         if not path.exists():
-            why = "it began with random weights" if self.finished else "the run has not finished"
-            raise FileNotFoundError(f"{self.folder} does not say which neurons were kept: {why}")
+            reason = "the student started from random weights" if self.finished else "the run has not finished"
+            raise FileNotFoundError(f"{path} is missing: {reason}")
         return json.loads(path.read_text())
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoint folders, oldest first."""
-        return sorted(path for path in self._file("checkpoints").glob("step_*") if path.suffix != ".tmp")
-
-    def _last_step(self) -> Path:
-        """The checkpoint of the last step: only a run that must stay under its masks has one."""
-        return self._file("checkpoints") / f"step_{self.arguments['config']['steps']:08d}"
+        """Complete checkpoint folders, oldest first."""
+        return sorted(self.folder.glob("checkpoints/step_*[0-9]"))
 
     @property
-    def way_back(self) -> str:
-        """Where a run that cannot go on may be taken up again, in words."""
+    def resume_hint(self) -> str:
+        """For error messages: where a run can be resumed."""
         saved = self.checkpoints()
         return f"The last good checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
 
-    def log(self, record: dict) -> None:
-        """Append one line to metrics.jsonl."""
-        with self._written("metrics.jsonl"), self._file("metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int) -> None:
-        """Save model, tokenizer and training state as of after `step`; keep the newest `keep` of them."""
-        folder = self._file("checkpoints") / f"step_{step:08d}"
-        with self._written(f"the checkpoint of step {step}"):
-            save_folder(folder, model, tokenizer, state)
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+    def students(self) -> dict[int, Path]:
+        """Saved students by step. A checkpoint under masks holds the wide model and is left out."""
+        saved = {} if self.config.under_masks else {_step(folder): folder for folder in self.checkpoints()}
+        return saved | ({self.config.steps: self.student_folder} if self.has_student else {})
 
     @property
     def pruned_at(self) -> list[int]:
-        """The steps of the prunes that were recorded."""
-        return sorted(step_of(path) for path in self._file("neurons").glob("step_*.safetensors"))
+        """Steps of the recorded prunes."""
+        return sorted(_step(path) for path in self.folder.glob("neurons/step_*.safetensors"))
 
     def prune(self, step: int) -> Prune:
-        """What was recorded at a step out of `pruned_at`. Raises ValueError for a file that is damaged."""
-        return Prune.load(self._file("neurons") / f"step_{step:08d}.safetensors")
+        """The record of a step in `pruned_at`. Raises ValueError if its file is damaged."""
+        path = self.folder / f"neurons/step_{step:08d}.safetensors"
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
+        kept = {name.removeprefix("stays."): each for name, each in tensors.items() if name.startswith("stays.")}
+        return Prune(step, {name: tensors[f"importance.{name}"].float() for name in kept}, kept)
+
+    def log(self, record: dict) -> None:
+        """Append a line to metrics.jsonl."""
+        with self._writing("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int) -> None:
+        """Save model, tokenizer and training state after `step`; keep only the newest `keep` checkpoints."""
+        with self._writing(f"the checkpoint of step {step}"):
+            save_folder(self.folder / f"checkpoints/step_{step:08d}", model, tokenizer, state)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
 
     def save_prune(self, prune: Prune) -> None:
-        with self._written("what was pruned"):
-            prune.save(self._file("neurons"))
+        """Save the importance as bfloat16: with the kept neurons, 3 bytes for each neuron of the teacher."""
+        tensors = {f"importance.{name}": values.bfloat16() for name, values in prune.importance.items()}
+        tensors |= {f"stays.{name}": kept for name, kept in prune.kept.items()}  # keys of the files of hdlib 0.1
+        with self._writing(f"the prune of step {prune.step}"):
+            write_whole(self.folder / f"neurons/step_{prune.step:08d}.safetensors", save(tensors))
 
-    def students(self) -> dict[int, Path]:
-        """The saved models that are the student after a step; of a run under masks there is only the result."""
-        saved = {} if self.config.under_masks else {step_of(folder): folder for folder in self.checkpoints()}
-        return saved | ({self.config.steps: self.student_folder} if self.has_student else {})
+    def save_kept(self, kept: dict[str, Tensor]) -> None:
+        write_whole(self.folder / "kept.json", json.dumps({name: kept[name].tolist() for name in sorted(kept)}) + "\n")
 
-    def save_student(self, model, tokenizer, card: str) -> None:
-        with self._written("the student"):
-            save_folder(self._file("student"), model, tokenizer, card=card)
+    def save_student(self, student: PreTrainedModel, tokenizer, teacher: PreTrainedModel) -> None:
+        with self._writing("the student"):
+            save_folder(self.folder / "student", student, tokenizer, card=_card(self, student, teacher))
+
+    def rewind(self, step: int) -> None:
+        """Delete what was recorded after `step`: a resumed run records it again."""
+        lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_whole(self.folder / "metrics.jsonl", "".join(lines))
+        for path in self.folder.glob("neurons/step_*.safetensors"):
+            if _step(path) > step:
+                path.unlink()
 
     @contextmanager
-    def _written(self, what: str) -> Iterator[None]:
-        """Say what could not be written, and that it is not for nothing: a disk that is full, for instance."""
+    def _writing(self, what: str) -> Iterator[None]:
+        """Extend the message of an OSError by what was written, the folder and the last checkpoint."""
         try:
             yield
         except OSError as error:
-            raise OSError(f"{what} could not be written to {self.folder}: {error}. {self.way_back}") from error
-
-    def save_kept(self, kept: dict[str, torch.Tensor]) -> None:
-        indices = {name: neurons.tolist() for name, neurons in sorted(kept.items())}
-        write_whole(self._file("kept.json"), json.dumps(indices) + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run logs it again."""
-        lines = [json.dumps(record) for record in self.records() if record["step"] <= step]
-        write_whole(self._file("metrics.jsonl"), "".join(line + "\n" for line in lines))
-        for path in self._file("neurons").glob("step_*.safetensors"):
-            if step_of(path) > step:
-                path.unlink()
-
-    def _file(self, name: str) -> Path:
-        return self.folder / name
+            raise OSError(f"{what} could not be written to {self.folder}: {error}. {self.resume_hint}") from error
 
 
-def _read_metrics(path: Path) -> pd.DataFrame:
-    """A record as a table; Arrow is quick with a long one."""
-    import pandas as pd
-    from pyarrow import ArrowInvalid
-    from pyarrow.json import read_json
-
-    whole = path.read_bytes()
-    lines = whole[: whole.rfind(b"\n") + 1]  # the last one may be cut off by a kill, or still being written
-    if not lines:
-        return pd.DataFrame()
-    try:
-        return read_json(BytesIO(lines)).to_pandas().set_index("step")
-    except (ArrowInvalid, KeyError) as error:
-        raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a temporary file and rename it: a crash leaves the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
-def _machine() -> dict:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+def _card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
+    """The model card, from the record of a run whose last step is done."""
+    config, blocks, origin = (run.arguments[name] for name in ("config", "blocks", "teacher"))
+    last, tokens = run.metrics.iloc[-1], config["steps"] * config["batch_size"] * blocks["length"]
+    name = "the embedded teacher of hdlib" if Path(origin) == EMBEDDED_TEACHER else Path(origin).name
+    data = ModelCardData(library_name="transformers", tags=["homodistil", "distillation", "pruning"])
+    data.pipeline_tag = "text-generation" if family(teacher).causal else "fill-mask"
+    data.base_model = origin if origin.count("/") == 1 and not Path(origin).exists() else None
+    return f"""---
+{data.to_yaml()}
+---
+
+# A student of {name}
+
+A pre-trained language model for fine-tuning, distilled from {name} with HomoDistil
+([Liang et al., ICLR 2023](https://arxiv.org/abs/2302.09632)). The teacher's licence and restrictions on use apply.
+
+| | this model | teacher |
+|---|---|---|
+| parameters | {student.num_parameters():,} | {teacher.num_parameters():,} |
+| shape | {Widths.of(student)} | {Widths.of(teacher)} |
+| language-model loss, nats per token | {last["held_out_mlm"]:.3f} | {last["held_out_teacher_mlm"]:.3f} |
+| accuracy | {last["held_out_accuracy"]:.3f} | {last["held_out_teacher_accuracy"]:.3f} |
+
+Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens. Mean KL
+divergence to the teacher: {last["held_out_kl"]:.3f} nats; same first choice: {last["held_out_agreement"]:.1%}.
+Training: {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; initial={config["initial"]},
+schedule={config["schedule"]}, scorer={config["scorer"]}, learning_rate={config["learning_rate"]:g},
+seed={config["seed"]}, precision={run.arguments["precision"]};
+{", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
+"""

@@ -186,5 +186,5 @@ def memory_guard(run: Run) -> Iterator[None]:
         raise MemoryError(
             f"memory does not suffice ({said}). Lower micro_batch_size (the blocks that go "
             "through the models at once; the batch stays what it is), then the length of the blocks or eval_blocks. "
-            f"{run.way_back}"
+            f"{run.resume_hint}"
         ) from error

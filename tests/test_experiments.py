@@ -317,7 +317,7 @@ def test_the_estimate_follows_the_measured_steps(teacher, tokenizer, blocks, tmp
     config = hdlib.DistillConfig(steps=8, batch_size=8, target=0.5, prune_every=2, eval_blocks=8)
     place = tmp_path / "measured" / "runs" / "students" / "a"  # a study may sort its runs
     distilled = hdlib.distill(model, tokenizer, *blocks, config, place)
-    lines = distilled._file("metrics.jsonl")
+    lines = distilled.folder / "metrics.jsonl"
     records = [record | {"seconds": 10.0} for record in distilled.records()]
     lines.write_text("".join(json.dumps(record) + "\n" for record in records))
     asked = Study.load("one_shot_vs_iterative")

@@ -1,4 +1,4 @@
-"""What happens to long runs: kills, full disks, broken files, other processes. Nothing is lost but the last steps."""
+"""Faults of long runs: kills, full disks, damaged files, other processes. At most the last steps are lost."""
 
 import ctypes
 import errno
@@ -21,19 +21,19 @@ from accelerate.utils import DistributedType
 
 import hdlib
 from hdlib import DistillConfig
-from hdlib.checkpoints import FILES, REST, TENSORS, BrokenCheckpoint, load_state
+from hdlib.checkpoints import FILES, STATE, BrokenCheckpoint, _fingerprints, load_state, save_folder
 from hdlib.training import Training
 
 from models import random_model
 from test_loop import ARGUMENTS, weights
 
-KILLS = int(os.environ.get("HDLIB_KILLS", "6"))  # HDLIB_KILLS=100 takes a quarter of an hour
+KILLS = int(os.environ.get("HDLIB_KILLS", "6"))  # HDLIB_KILLS=100 takes 15 minutes
 CLOCKS = ["seconds", "elapsed"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Sums come out differently with another number of threads, and a child by fork has one."""
+    """The order of summation depends on the number of threads, and a forked child has one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,12 +47,12 @@ def teacher(tokenizer):
 
 @pytest.fixture(scope="module")
 def run_in(teacher, tokenizer, blocks):
-    """Distils to a folder: seven prunes, a checkpoint after every step, at most a few seconds."""
+    """A function that distils into a folder: seven prunes, a checkpoint after every step, a few seconds."""
     config = DistillConfig(**ARGUMENTS | {"checkpoint_every": 1})
 
-    def run(folder, changed=None, **options):
-        asked = config if changed is None else DistillConfig(**config.to_dict() | changed)
-        return hdlib.distill(teacher, tokenizer, *blocks, asked, folder, **options)
+    def run(folder, changes=None, **options):
+        changed = DistillConfig(**config.to_dict() | (changes or {}))
+        return hdlib.distill(teacher, tokenizer, *blocks, changed, folder, **options)
 
     return run
 
@@ -66,7 +66,7 @@ def whole(run_in, tmp_path_factory):
 
 
 def is_undisturbed(run, whole) -> None:
-    """Bit-equal weights, and the same record of every step."""
+    """Check for bit-equal weights and equal metrics of every step, apart from the clocks."""
     expected, got = weights(whole), weights(run)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
     assert run.metrics.drop(columns=CLOCKS).equals(whole.metrics.drop(columns=CLOCKS))
@@ -82,7 +82,7 @@ def stop_at(step):
 
 @contextmanager
 def child(work):
-    """A process that is a copy of this one, where everything is loaded already; it does `work` and ends."""
+    """A forked process that runs `work`; a fork needs no time to import."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -98,19 +98,19 @@ def child(work):
 
 
 def outcome(work) -> str:
-    """What an error said in a process of its own; "" if there was none."""
+    """Type and message of the error that `work` raises in a forked process; "" if there is none."""
     reading, writing = os.pipe()
 
-    def told():
+    def report_error():
         try:
             work()
         except BaseException as error:
             os.write(writing, f"{type(error).__name__}: {error}".encode()[:4000])
 
-    with child(told):
+    with child(report_error):
         os.close(writing)
-        with os.fdopen(reading) as said:
-            return said.read()
+        with os.fdopen(reading) as message:
+            return message.read()
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
@@ -124,17 +124,16 @@ def test_killed_anywhere_and_resumed_is_undisturbed(seed, run_in, whole, tmp_pat
 
 
 def test_killed_while_a_checkpoint_is_written(run_in, whole, tmp_path, monkeypatch):
-    """At every file of it, and between its renaming and that of the next."""
-    steps = []
+    """A kill after the files are written and before the folder has its final name."""
+    folders = []
 
-    def write_less(temporary):
-        steps.append(temporary)
-        if len(steps) == 5:
+    def kill_at_the_fifth(temporary):
+        folders.append(temporary)
+        if len(folders) == 5:
             raise KeyboardInterrupt
-        return fingerprints(temporary)
+        return _fingerprints(temporary)
 
-    fingerprints = hdlib.checkpoints._fingerprints
-    monkeypatch.setattr(hdlib.checkpoints, "_fingerprints", write_less)
+    monkeypatch.setattr(hdlib.checkpoints, "_fingerprints", kill_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "run")
     monkeypatch.undo()
@@ -142,21 +141,21 @@ def test_killed_while_a_checkpoint_is_written(run_in, whole, tmp_path, monkeypat
     is_undisturbed(run_in(tmp_path / "run", resume=True), whole[0])
 
 
-def test_asked_to_stop_a_run_ends_after_the_step_with_a_checkpoint(run_in, whole, tmp_path):
-    def ask(record):
+def test_on_sigterm_a_run_ends_after_the_step_with_a_checkpoint(run_in, whole, tmp_path):
+    def terminate(record):
         if record["step"] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(hdlib.Stopped, match=r"stopped after step 7\. The last good checkpoint is .*step_00000007"):
-        run_in(tmp_path / "run", {"checkpoint_every": 1000}, on_step=ask)
+        run_in(tmp_path / "run", {"checkpoint_every": 1000}, on_step=terminate)
     assert signal.getsignal(signal.SIGTERM) is before
     is_undisturbed(run_in(tmp_path / "run", resume=True), whole[0])
 
 
 @pytest.fixture(scope="module")
 def cut(run_in, tmp_path_factory):
-    """A run that was cut off in its tenth step, with checkpoints of the eighth and the ninth."""
+    """A run that was interrupted in step 10, with checkpoints of steps 8 and 9."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(KeyboardInterrupt):
         run_in(folder, on_step=stop_at(10))
@@ -168,7 +167,7 @@ def truncated(path):
 
 
 def corrupted(path):
-    """One bit of the last byte but 20: of a tensor's file a weight, which no format notices."""
+    """Flip one bit near the end; in a file of tensors this changes a value, which no file format detects."""
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
@@ -178,13 +177,14 @@ DAMAGES = {"truncated": truncated, "corrupted": corrupted, "missing": os.remove}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", TENSORS, REST, FILES])
-def test_a_broken_checkpoint_is_named_and_passed_over(file, damage, cut, teacher, tokenizer, blocks, tmp_path, capsys):
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", STATE, FILES])
+def test_a_damaged_checkpoint_is_named_and_passed_over(file, damage, cut, teacher, tokenizer, blocks, tmp_path, capsys):
     shutil.copytree(cut, tmp_path / "run")
     run = hdlib.Run.load(tmp_path / "run")
     older, newest = run.checkpoints()
     DAMAGES[damage](newest / file)
-    with pytest.raises(BrokenCheckpoint, match=file if file != FILES else newest.name):  # which may blame another
+    # A damaged files.json may report another file.
+    with pytest.raises(BrokenCheckpoint, match=file if file != FILES else newest.name):
         load_state(newest)
     config = DistillConfig(**run.arguments["config"])
     target = config.check(teacher, tokenizer, *blocks)
@@ -193,20 +193,68 @@ def test_a_broken_checkpoint_is_named_and_passed_over(file, damage, cut, teacher
     assert str(newest) in capsys.readouterr().out
 
 
-def test_without_any_sound_checkpoint_a_run_begins_again(run_in, cut, whole, tmp_path):
+def test_without_any_sound_checkpoint_a_run_starts_at_step_0(run_in, cut, whole, tmp_path):
     shutil.copytree(cut, tmp_path / "run")
     for folder in hdlib.Run.load(tmp_path / "run").checkpoints():
-        truncated(folder / TENSORS)
+        truncated(folder / STATE)
     is_undisturbed(run_in(tmp_path / "run", resume=True), whole[0])
 
 
-def test_nothing_in_a_checkpoint_is_pickled(cut):
-    """Every file is JSON, text or safetensors, of which opening runs nobody's code."""
+def sign(checkpoint) -> None:
+    """Write the fingerprints of the files as they are now."""
+    (checkpoint / FILES).unlink()
+    (checkpoint / FILES).write_text(json.dumps(_fingerprints(checkpoint)))
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_loading_a_checkpoint_executes_no_code(cut, tmp_path, monkeypatch):
+    """A state with a pickled object is refused, also where its fingerprint is right."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = shutil.copytree(hdlib.Run.load(cut).checkpoints()[-1], tmp_path / "checkpoint")
+    torch.save({"step": 9, "kept": Harmful()}, checkpoint / STATE)
+    sign(checkpoint)
+    with pytest.raises(BrokenCheckpoint) as refused:
+        load_state(checkpoint)
+    assert str(refused.value) == f"{checkpoint / STATE} contains a pickled object, which could execute code"
+    assert not (tmp_path / "harm").exists()
+
+
+def test_no_file_of_a_checkpoint_but_the_state_may_hold_pickles(cut):
     files = [path for path in cut.rglob("*") if path.is_file() and path.stat().st_size]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".txt", ".lock"}
+    assert {path.suffix for path in files if path.name != STATE} <= {".json", ".jsonl", ".safetensors", ".txt", ".lock"}
     for path in files:
         if path.suffix == ".json":
             json.loads(path.read_text())
+
+
+def test_a_checkpoint_of_the_first_version_is_refused_and_its_run_left_as_it_is(run_in, cut, tmp_path):
+    shutil.copytree(cut, tmp_path / "run")
+    run = hdlib.Run.load(tmp_path / "run")
+    newest, before = run.checkpoints()[-1], run.records()
+    (newest / STATE).rename(newest / "training.safetensors")
+    sign(newest)
+    with pytest.raises(ValueError, match=rf"{newest} is a checkpoint of hdlib 0\.1: resume it with that version"):
+        run_in(tmp_path / "run", resume=True)
+    assert run.records() == before
+
+
+def test_the_state_keeps_every_value(teacher, tokenizer, tmp_path):
+    """Numbers to the last bit, keys that are numbers, the state of a random generator."""
+    generator = torch.Generator().manual_seed(3)
+    state = {"generator": generator.get_state(), "nested": {0: [1, 2.5, None, True], "tiny": 1e-300}}
+    state["tensors"] = [torch.tensor([1.5], dtype=torch.bfloat16), torch.arange(3), torch.tensor(float("nan"))]
+    save_folder(tmp_path / "saved", teacher, tokenizer, state)
+    read = load_state(tmp_path / "saved")
+    assert read["nested"] == state["nested"]
+    for got, expected in zip(read["tensors"], state["tensors"], strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+    again = torch.Generator()
+    again.set_state(read["generator"])
+    assert torch.equal(torch.rand(5, generator=again), torch.rand(5, generator=generator))
 
 
 def limit_files(size: int) -> None:
@@ -214,18 +262,21 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_file_that_cannot_be_written_whole_stops_the_run_in_words(run_in, cut, whole, tmp_path):
-    """Files may become no larger than what is there: the next checkpoint does not fit."""
+@pytest.mark.parametrize("file", ["model.safetensors", STATE])
+def test_a_file_that_cannot_be_written_stops_the_run(file, run_in, cut, whole, tmp_path):
+    """The size of files is limited, so that this file of the next checkpoint does not fit."""
     shutil.copytree(cut, tmp_path / "run")
     before = hdlib.Run.load(tmp_path / "run").checkpoints()[-1]
+    limit = (before / file).stat().st_size * 3 // 4
+    assert file == "model.safetensors" or (before / "model.safetensors").stat().st_size < limit
 
     def grow():
-        limit_files(10_000)
+        limit_files(limit)
         run_in(tmp_path / "run", resume=True)
 
-    said = outcome(grow)
-    assert said.startswith("OSError: the checkpoint of step 10 could not be written") and "too large" in said
-    assert f"The last good checkpoint is {before}" in said
+    message = outcome(grow)
+    assert message.startswith("OSError: the checkpoint of step 10 could not be written") and "too large" in message
+    assert f"The last good checkpoint is {before}" in message
     load_state(before)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     is_undisturbed(run_in(tmp_path / "run", resume=True), whole[0])
@@ -233,18 +284,18 @@ def test_a_file_that_cannot_be_written_whole_stops_the_run_in_words(run_in, cut,
 
 @contextmanager
 def mounted(folder, options: str):
-    """A file system in memory; only who may mount one can have it."""
+    """A file system in memory; mounting one needs permission."""
     folder.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, options.encode()):
-        pytest.skip(f"no small disk can be mounted here: {errno.errorcode[ctypes.get_errno()]}")
+        pytest.skip(f"no small disk can be mounted: {errno.errorcode[ctypes.get_errno()]}")
     try:
         yield
     finally:
         libc.umount2(str(folder).encode(), 2)
 
 
-def test_a_full_disk_stops_the_run_in_words(run_in, whole, tmp_path):
+def test_a_full_disk_stops_the_run(run_in, whole, tmp_path):
     with mounted(tmp_path / "disk", "size=1m"):
         with pytest.raises(OSError, match=r"could not be written.*No space left.*The last good checkpoint is .*step_"):
             run_in(tmp_path / "disk" / "run", {"keep_last": 100})
@@ -260,22 +311,23 @@ def test_a_folder_that_is_read_only_is_refused_before_the_first_step(run_in, tmp
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o755)
 
-    def as_nobody():
-        if os.getuid() == 0:  # whom nothing is forbidden
+    def without_rights():
+        if os.getuid() == 0:  # root may write everywhere
             os.setuid(65534)
         run_in(tmp_path / "locked" / "run", on_step=lambda record: pytest.fail("a step was made"))
 
-    said = outcome(as_nobody)
-    assert said == f"OSError: nothing can be written to {tmp_path}/locked/run (Permission denied): name another folder"
+    message = outcome(without_rights)
+    folder = tmp_path / "locked" / "run"
+    assert message == f"OSError: nothing can be written to {folder} (Permission denied): name another folder"
 
 
-def test_two_runs_in_one_folder_at_once(run_in, tmp_path):
+def test_two_runs_in_one_folder_at_the_same_time(run_in, tmp_path):
     def second(record):
         if record["step"] == 2:
             with pytest.raises(FileExistsError, match=r"already holds a run|another process is writing to"):
                 run_in(tmp_path / "run")
-            said = outcome(lambda: run_in(tmp_path / "run", resume=True))
-            assert said.startswith("FileExistsError: another process is writing to ")
+            message = outcome(lambda: run_in(tmp_path / "run", resume=True))
+            assert message.startswith("FileExistsError: another process is writing to ")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -316,14 +368,14 @@ def test_too_little_memory_names_the_settings_to_lower(error, run_in, tmp_path):
         if record["step"] == 3:
             raise error
 
-    words = (
+    advice = (
         r"Lower micro_batch_size .* length of the blocks or eval_blocks. The last good checkpoint is .*step_00000002"
     )
-    with pytest.raises(MemoryError, match=words):
+    with pytest.raises(MemoryError, match=advice):
         run_in(tmp_path / "run", on_step=exhausted)
 
 
-def test_a_run_that_met_too_little_memory_goes_on_in_smaller_parts(run_in, whole, tmp_path):
+def test_after_too_little_memory_a_run_resumes_with_smaller_micro_batches(run_in, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "run", on_step=stop_at(9))
     resumed = run_in(tmp_path / "run", {"micro_batch_size": 3}, resume=True)
@@ -350,17 +402,17 @@ def test_a_clock_that_goes_backwards_changes_nothing(run_in, whole, tmp_path, mo
 
 
 def launched(tokenizer, text_file, folder, **changes):
-    """The command in two processes, and the file that says how far they are."""
+    """Start the command line in two processes."""
     if not (folder / "teacher").exists():
         random_model("bert", vocabulary=len(tokenizer)).save_pretrained(folder / "teacher")
         tokenizer.save_pretrained(folder / "teacher")
-    places = {"teacher": str(folder / "teacher"), "corpus": str(text_file), "length": 16}
-    (folder / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places | {"run_dir": str(folder / "run")} | changes))
+    inputs = {"teacher": str(folder / "teacher"), "corpus": str(text_file), "length": 16}
+    (folder / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | inputs | {"run_dir": str(folder / "run")} | changes))
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launch, "-m", "hdlib", str(folder / "config.yaml"), "--resume"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **told)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **output)
 
 
 def wait_for_steps(processes, metrics, steps):
@@ -370,19 +422,19 @@ def wait_for_steps(processes, metrics, steps):
         time.sleep(0.05)
 
 
-def test_when_a_process_dies_the_others_stop_and_say_why(tokenizer, text_file, tmp_path):
+def test_when_a_process_dies_the_others_stop_and_name_the_signal(tokenizer, text_file, tmp_path):
     with launched(tokenizer, text_file, tmp_path, steps=100_000) as processes:
         wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl", 3)
         workers = subprocess.run(["pgrep", "-P", str(processes.pid)], capture_output=True, text=True).stdout.split()
         died = time.monotonic()
         os.kill(int(workers[-1]), signal.SIGKILL)
-        said, _ = processes.communicate(timeout=60)
+        output, _ = processes.communicate(timeout=60)
     assert processes.returncode != 0 and time.monotonic() - died < 60
-    assert "Signal 9" in said or "SIGKILL" in said
+    assert "Signal 9" in output or "SIGKILL" in output
 
 
-def test_two_processes_stop_after_the_same_step_and_go_on(tokenizer, text_file, tmp_path):
-    """What batch systems do: SIGTERM to the launcher, later the same line again."""
+def test_two_processes_stop_after_the_same_step_and_resume(tokenizer, text_file, tmp_path):
+    """As batch systems do: SIGTERM to the launcher, later the same command again."""
     with launched(tokenizer, text_file, tmp_path, steps=80, checkpoint_every=1000) as processes:
         wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl", 5)
         processes.terminate()
@@ -391,8 +443,8 @@ def test_two_processes_stop_after_the_same_step_and_go_on(tokenizer, text_file, 
     (checkpoint,) = run.checkpoints()
     assert not run.finished and load_state(checkpoint)["step"] == run.metrics.index[-1] < 80
     with launched(tokenizer, text_file, tmp_path, steps=80, checkpoint_every=1000) as processes:
-        said, _ = processes.communicate(timeout=200)
-    assert processes.returncode == 0, said[-2000:]
+        output, _ = processes.communicate(timeout=200)
+    assert processes.returncode == 0, output[-2000:]
     assert [*run.metrics.index] == [*range(81)]
     (tmp_path / "undisturbed").mkdir()
     shutil.copytree(tmp_path / "teacher", tmp_path / "undisturbed" / "teacher")

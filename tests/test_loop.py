@@ -123,7 +123,7 @@ def test_the_student_carries_a_card_of_what_it_is(teacher, tokenizer, blocks, co
     student, _ = run.student()
     parameters = f"| parameters | {student.num_parameters():,} | {teacher.num_parameters():,} |"
     measured = (f"{last['held_out_kl']:.3f} nats", f"| accuracy | {last['held_out_accuracy']:.3f} |")
-    for fact in (parameters, "hidden 12, feed-forward 28", "24 steps of 8 blocks, 3,072 tokens", *measured):
+    for fact in (parameters, "hidden=12, ffn=28", "24 steps of 8 blocks, 3,072 tokens", *measured):
         assert fact in card.text
     assert "None" not in card.content and "nan" not in card.content
 
@@ -153,7 +153,7 @@ def test_a_broken_checkpoint_is_passed_over(teacher, tokenizer, blocks, config, 
     whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
-    newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training.safetensors"
+    newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())

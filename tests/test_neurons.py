@@ -1,14 +1,15 @@
-"""What a run records beside its numbers: every prune, the parameters that are left; and how its record is read."""
+"""Recorded prunes, numbers of parameters, and the table of metrics."""
 
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import hdlib
 from hdlib import DistillConfig, Run
-from hdlib.neurons import RECORDED, Prune
+from hdlib.runs import RECORDED, Prune
 from hdlib.widths import width_groups
 
 from conftest import random_bert
@@ -27,21 +28,31 @@ def test_every_prune_is_recorded_in_the_teachers_numbering(recorded):
     run, teacher = recorded
     widths = run.metrics[["hidden_size", "intermediate_size", "head_dim"]]
     assert run.pruned_at == [int(step) for step in widths.index[widths.diff().lt(0).any(axis=1)]]
-    there = {name: torch.ones(group.size, dtype=torch.bool) for name, group in width_groups(teacher).items()}
+    before = {name: torch.ones(group.size, dtype=torch.bool) for name, group in width_groups(teacher).items()}
     for step in run.pruned_at:
         prune = run.prune(step)
-        assert prune.stays.keys() == prune.importance.keys() == there.keys()
-        for name, stays in prune.stays.items():
+        assert prune.kept.keys() == prune.importance.keys() == before.keys()
+        for name, kept in prune.kept.items():
             importance = prune.importance[name]
-            assert torch.equal(importance.isfinite(), there[name]), "ranked were those that were still there"
-            assert not (stays & ~there[name]).any() and (importance[there[name]] >= 0).all()
-            if name.endswith(("ffn", "hidden")):  # heads have rankings of their own inside
-                goes = there[name] & ~stays
-                assert importance[stays].min() >= importance[goes].max() if goes.any() else True
-        there = prune.stays
-        assert int(there["hidden"].sum()) == widths.loc[step, "hidden_size"]
-        assert int(there["layer.1.ffn"].sum()) == widths.loc[step, "intermediate_size"]
-    assert {name: stays.nonzero()[:, 0].tolist() for name, stays in there.items()}.items() <= run.kept.items()
+            assert torch.equal(importance.isfinite(), before[name]), "a score for each neuron before the prune"
+            assert not (kept & ~before[name]).any() and (importance[before[name]] >= 0).all()
+            if name.endswith(("ffn", "hidden")):  # in attention, neurons are ranked within their head
+                removed = before[name] & ~kept
+                assert importance[kept].min() >= importance[removed].max() if removed.any() else True
+        before = prune.kept
+        assert int(before["hidden"].sum()) == widths.loc[step, "hidden_size"]
+        assert int(before["layer.1.ffn"].sum()) == widths.loc[step, "intermediate_size"]
+    assert {name: kept.nonzero()[:, 0].tolist() for name, kept in before.items()}.items() <= run.kept.items()
+
+
+def test_a_prune_recorded_by_the_first_version_is_read(tmp_path):
+    importance, kept = torch.tensor([0.5, 0.25, torch.nan]), torch.tensor([True, False, False])
+    (tmp_path / "neurons").mkdir()
+    tensors = {"importance.layer.0.ffn": importance.bfloat16(), "stays.layer.0.ffn": kept}
+    save_file(tensors, tmp_path / "neurons" / "step_00000007.safetensors")
+    prune = Run(tmp_path).prune(7)
+    assert prune.step == 7 and torch.equal(prune.kept["layer.0.ffn"], kept)
+    torch.testing.assert_close(prune.importance["layer.0.ffn"], importance, rtol=0, atol=0, equal_nan=True)
 
 
 def test_of_many_prunes_an_even_selection_is_recorded(tokenizer, blocks, tmp_path):
@@ -50,21 +61,21 @@ def test_of_many_prunes_an_even_selection_is_recorded(tokenizer, blocks, tmp_pat
     run = hdlib.distill(teacher, tokenizer, *blocks, replace(config, checkpoint_every=300), tmp_path)
     pruned = run.metrics.index[run.metrics["intermediate_size"].diff().lt(0)]
     assert len(pruned) > RECORDED and 40 < len(run.pruned_at) <= RECORDED
-    assert run.pruned_at[-1] == pruned[-1], "the last one always"
-    assert set(pruned // 3) == {step // 3 for step in run.pruned_at}, "one in every three steps in which there was any"
+    assert run.pruned_at[-1] == pruned[-1], "always the last one"
+    assert set(pruned // 3) == {step // 3 for step in run.pruned_at}, "at most one prune in three steps"
 
 
-def test_a_run_that_goes_on_records_what_an_undisturbed_one_does(recorded, tokenizer, blocks, tmp_path):
+def test_a_resumed_run_records_the_same_prunes(recorded, tokenizer, blocks, tmp_path):
     run, teacher = recorded
     again = tmp_path / "again"
     shutil.copytree(run.folder, again)
     shutil.rmtree(again / "student")
-    Prune(23, {}, {"hidden": torch.ones(3, dtype=torch.bool)}).save(again / "neurons")  # of a step that is done again
+    Run(again).save_prune(Prune(23, {}, {"hidden": torch.ones(3, dtype=torch.bool)}))  # of a step that is repeated
     resumed = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS), again, resume=True)
     assert resumed.pruned_at == run.pruned_at
     for step in run.pruned_at:
-        for ours, theirs in ((resumed.prune(step).stays, run.prune(step).stays),):
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        kept, expected = resumed.prune(step).kept, run.prune(step).kept
+        assert all(torch.equal(kept[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"masked": True}, {"recover": True}, {"scope": "global"}])
@@ -75,21 +86,19 @@ def test_parameters_are_those_of_a_stock_model_of_the_width(changes, teacher, to
     assert metrics["parameters"].is_monotonic_decreasing
     if run.has_student:
         assert metrics["parameters"].iloc[-1] == run.student()[0].num_parameters()
-    assert run.pruned_at and run.prune(run.pruned_at[-1]).stays["layer.0.ffn"].shape == (
-        teacher.config.intermediate_size,
-    )
+    last = run.prune(run.pruned_at[-1]).kept
+    assert last["layer.0.ffn"].shape == (teacher.config.intermediate_size,)
     if changes != {"scope": "global"}:
-        last = run.prune(run.pruned_at[-1]).stays
-        assert all(stays.nonzero()[:, 0].tolist() == run.kept[name] for name, stays in last.items())
+        assert all(kept.nonzero()[:, 0].tolist() == run.kept[name] for name, kept in last.items())
 
 
-def test_a_student_that_never_was_the_copy_prunes_nothing(teacher, tokenizer, blocks, tmp_path):
+def test_a_student_of_random_weights_records_no_prune(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"initial": "random"})
     assert hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).pruned_at == []
 
 
-def test_the_table_of_a_record_is_its_lines(recorded, tmp_path):
-    """Arrow reads the table, the lines are JSON: the same numbers, to the last bit."""
+def test_metrics_and_records_are_equal(recorded):
+    """Arrow reads the table and json the records: equal to the last bit."""
     run, _ = recorded
     metrics = run.metrics
     for record in run.records():
@@ -97,15 +106,15 @@ def test_the_table_of_a_record_is_its_lines(recorded, tmp_path):
         assert row.to_dict() == {name: value for name, value in record.items() if name != "step"}
 
 
-def test_a_record_is_read_again_when_it_has_grown_and_a_line_that_was_cut_is_left_out(recorded, tmp_path):
+def test_metrics_follow_a_growing_file_and_leave_out_an_incomplete_line(recorded, tmp_path):
     copy = Run(tmp_path)
     lines = (recorded[0].folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     for count in (0, 1, 5):
         (tmp_path / "metrics.jsonl").write_text("".join(lines[:count]) + lines[count][:20])
         assert len(copy.metrics) == count
-    mine = copy.metrics
-    mine.loc[0, "held_out_kl"] = 7.0
-    assert copy.metrics.loc[0, "held_out_kl"] == 0.0, "what a reader does to a table is the reader's"
+    changed = copy.metrics
+    changed.loc[0, "held_out_kl"] = 7.0
+    assert copy.metrics.loc[0, "held_out_kl"] == 0.0, "a changed table is a copy"
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]) + "{broken\n" + lines[2])
     with pytest.raises(ValueError, match=r"metrics.jsonl is damaged"):
         copy.metrics  # noqa: B018

@@ -1,4 +1,4 @@
-"""The project as a whole: one environment, notebooks that run, a teacher that is what its card says."""
+"""Checks of the whole project: environment, notebooks, golden numbers, the embedded teacher."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_notebooks_are_functions_without_outputs():
         nbformat.validate(notebook)
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert not any(cell.outputs or cell.execution_count for cell in cells), path.name
-        assert notebook.cells[0].cell_type == "markdown", f"{path.name} opens with its question"
+        assert notebook.cells[0].cell_type == "markdown", f"{path.name} starts with its question"
         assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == cells[:1], path.name
         assert "save_result" in cells[-1].source, f"{path.name} ends with its result"
         assert all(len(cell.source.splitlines()) <= 25 for cell in cells), path.name
@@ -62,7 +62,7 @@ def test_notebooks_are_functions_without_outputs():
 
 
 def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
-    """A notebook's result and the outputs of its cells."""
+    """Execute a notebook; return its result and the outputs of its cells."""
     folder.mkdir(exist_ok=True)
     executed = folder / path.name
     papermill.execute_notebook(
@@ -98,9 +98,9 @@ ABLATIONS = [path for path in NOTEBOOKS if "10" <= path.stem < "20"]
 
 
 def ablation(path: Path, folder: Path, text_file: Path, **parameters) -> dict:
-    """The result of an ablation notebook at smoke scale, on text that is the same everywhere."""
-    places = {"corpus": str(text_file), "runs": str(folder / "runs"), "results": str(folder)}
-    result, _ = execute(path, folder, **places, **parameters)
+    """The result of an ablation notebook at smoke scale, on a corpus that does not depend on the installation."""
+    paths = {"corpus": str(text_file), "runs": str(folder / "runs"), "results": str(folder)}
+    result, _ = execute(path, folder, **paths, **parameters)
     assert (folder / "figure.png").stat().st_size > 10_000 and "<svg" in (folder / "figure.svg").read_text()
     table = pd.read_csv(folder / "table.csv")
     assert len(table) and table["kl"].between(0, 20).all()
@@ -109,8 +109,8 @@ def ablation(path: Path, folder: Path, text_file: Path, **parameters) -> dict:
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_ablation_notebooks_find_what_they_found(path, tmp_path, text_file, request):
-    """Golden numbers: training at smoke scale ends where it ended before. `--rewrite-golden` takes new ones."""
+def test_ablation_notebooks_reproduce_their_golden_numbers(path, tmp_path, text_file, request):
+    """Results of training at smoke scale equal the stored ones; `--rewrite-golden` stores new ones."""
     result = ablation(path, tmp_path, text_file)
     found = {name: value for name, value in result.items() if not name.startswith(("seconds", "difference"))}
     golden = GOLDEN / f"{path.stem}.json"
@@ -120,7 +120,7 @@ def test_ablation_notebooks_find_what_they_found(path, tmp_path, text_file, requ
 
 
 def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, text_file):
-    """With its defaults it uses a probe; here also a table of GLUE's layout, and a checkpoint named by its folder."""
+    """Beside the default probe: a task in the table layout of GLUE, and a checkpoint given by its folder."""
     path = next(path for path in NOTEBOOKS if path.stem == "20_finetune")
     (tmp_path / "tables" / "rte").mkdir(parents=True)
     texts = [f"the student {word} slowly" for word in ("learns", "keeps", "steps", "loses")] * 8
@@ -128,9 +128,9 @@ def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, tex
     for part in ("train", "validation"):
         rows.to_csv(tmp_path / "tables" / "rte" / f"{part}.csv", index=False)
     folder = str(ROOT / "hdlib" / "teacher")
-    places = {"corpus": str(text_file), "tables": str(tmp_path / "tables"), "runs": str(tmp_path / "runs")}
+    paths = {"corpus": str(text_file), "tables": str(tmp_path / "tables"), "runs": str(tmp_path / "runs")}
     arguments = {"checkpoints": ["teacher", "homodistil", folder], "tasks": ["order", "rte"], "epochs": 1.0}
-    result, _ = execute(path, tmp_path / "out", **places, **arguments, results=str(tmp_path / "out"))
+    result, _ = execute(path, tmp_path / "out", **paths, **arguments, results=str(tmp_path / "out"))
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     assert len(table) == 2 * (3 + 2) and table["score"].between(0, 1).all()
     assert len(result) == 10 and result["score_teacher_rte"] == result[f"score_{folder}_rte"], (
@@ -149,8 +149,8 @@ def test_the_cost_notebook_measures_and_exports(tmp_path):
 
 
 def test_every_notebook_is_executed_by_one_of_these_tests():
-    ran = {path.stem for path in ABLATIONS} | {path.stem for path in NOTEBOOKS if path.stem < "10"}
-    assert {path.stem for path in NOTEBOOKS} == ran | {"20_finetune", "21_cost"}
+    executed = {path.stem for path in ABLATIONS} | {path.stem for path in NOTEBOOKS if path.stem < "10"}
+    assert {path.stem for path in NOTEBOOKS} == executed | {"20_finetune", "21_cost"}
 
 
 BREAKS = {
@@ -160,7 +160,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_golden_numbers_turn_red_when_the_library_is_broken(broken, tmp_path, text_file):
+def test_golden_numbers_detect_a_broken_library(broken, tmp_path, text_file):
     path = next(path for path in ABLATIONS if path.stem.startswith("10"))
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(2, nbformat.v4.new_code_cell(f"import hdlib\n\n{BREAKS[broken]}"))
@@ -170,8 +170,8 @@ def test_golden_numbers_turn_red_when_the_library_is_broken(broken, tmp_path, te
     assert found["kl_homodistil"] != pytest.approx(golden, rel=1e-2)
 
 
-def test_the_embedded_teacher_is_what_its_card_says():
-    """It fits, it is stored in half precision, and it guesses as well as the card claims on documentation."""
+def test_the_embedded_teacher_has_the_accuracy_of_its_card():
+    """The file is small, and the accuracy on documentation is the stated one."""
     folder = ROOT / "hdlib" / "teacher"
     assert (folder / "model.safetensors").stat().st_size <= 8_000_000
     card = (folder / "README.md").read_text()
@@ -187,8 +187,8 @@ def test_the_embedded_teacher_is_what_its_card_says():
 
 
 def test_a_prune_costs_little():
-    """Scores to narrowed model and optimiser, on a BERT-base shape: a tenth of one forward and backward at most.
+    """A prune of model and optimiser at the shape of BERT-base takes at most 10 % of one forward and backward pass.
 
-    The median of five turns, since one turn in which the machine was busy must not decide.
+    The median of five repetitions is compared, since other processes may slow down one of them.
     """
     assert prune.measure(Setting(turns=5)).loc["one prune", "of forward and backward"] <= 0.1

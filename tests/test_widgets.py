@@ -79,7 +79,7 @@ def test_the_maps_are_those_of_the_last_prune(runs):
     explorer = hdlib.lab.explore(run)
     for step in (run.pruned_at[1], run.pruned_at[1] + 1):
         explorer.slider.value = step
-        stays = run.prune(run.pruned_at[1]).stays["hidden"].numpy()
+        stays = run.prune(run.pruned_at[1]).kept["hidden"].numpy()
         drawn = explorer.drawn.maps.images["hidden"].get_array()[0]  # (N, 4), one dot a neuron
         assert np.array_equal(np.all(drawn == 1, axis=1), ~stays), "white where a neuron has gone, and only there"
     explorer.slider.value = 0
@@ -90,7 +90,7 @@ def test_darker_is_more_important(runs):
     run = runs["slow-seed-1"]
     explorer = hdlib.lab.explore(run)
     prune = run.prune(run.pruned_at[-1])
-    stays, importance = prune.stays["hidden"].numpy(), prune.importance["hidden"].numpy()
+    stays, importance = prune.kept["hidden"].numpy(), prune.importance["hidden"].numpy()
     brightness = np.asarray(explorer.drawn.maps.images["hidden"].get_array())[0, stays, :3] @ [0.2126, 0.7152, 0.0722]
     order = np.argsort(importance[stays], kind="stable")
     assert (np.diff(brightness[order]) <= 1e-6).all()

@@ -17,8 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from ..families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
-from ..neurons import Prune
-from ..runs import Run
+from ..runs import Prune, Run
 from ..widths import QUERY_KEY
 from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses
 
@@ -124,13 +123,13 @@ class _Maps:
     """A map for each kind of width group: layers upwards, the teacher's neurons to the right."""
 
     def __init__(self, place, prune: Prune):
-        self.rows = _rows(prune.stays)
+        self.rows = _rows(prune.kept)
         heights = [0.5 + 0.16 * len(names) for names in self.rows.values()]
         margins = {"left": 0.07, "right": 0.87, "top": 0.96, "bottom": 0.08, "hspace": 0.45}
         panels = place.subplots(len(self.rows), 1, height_ratios=heights, squeeze=False, gridspec_kw=margins)[:, 0]
         self.images, self.counts, self.ink = {}, {}, ScalarMappable(LogNorm(LEAST, 1), INK)
         for panel, (kind, names) in zip(panels, self.rows.items(), strict=True):
-            size = len(prune.stays[names[0]])
+            size = len(prune.kept[names[0]])
             self.images[kind] = panel.imshow(
                 np.ones((1, 1, 4)),
                 aspect="auto",
@@ -159,7 +158,7 @@ class _Maps:
                 said = "all there, not ranked yet"
             else:
                 values = np.stack([prune.importance[name].numpy() for name in names])
-                stays = np.stack([prune.stays[name].numpy() for name in names])
+                stays = np.stack([prune.kept[name].numpy() for name in names])
                 largest = np.nanmax(np.where(stays, values, np.nan)) or 1.0
                 values = np.where(stays, np.maximum(values / largest, LEAST), np.nan)
                 said = f"{_range(stays.sum(1))} of {stays.shape[1]}{' in each layer' if len(names) > 1 else ''}"
