@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel
 
 from ..config import DistillConfig
-from ..data import Masking, NextToken, labelled_once
+from ..data import Blocks, Masking, NextToken, labelled_once
 from ..distill import distill
 from ..losses import DistillationLoss
 from ..widths import Widths, family, set_widths
@@ -187,15 +187,14 @@ def project(teacher: PreTrainedModel, config: DistillConfig, length: int, proces
     share = config.batch_size // processes  # blocks a step on one device
     blocks = min(config.micro_batch_size or share, share)
 
-    short = _shortened(config, STEPS, blocks)
+    short, metrics = _short_run(teacher, config, length, STEPS, blocks)
     (short_widths, short_prunes), (widths, prunes) = course(teacher, short), course(teacher, config)
     of_block = operations(teacher, {*short_widths, *widths}, config, length)
-    metrics = _short_run(teacher, short, length).iloc[1:]  # step 0 only measures
-    each = _fitted(metrics["seconds"], [blocks * of_block[shape] for shape in short_widths], short_prunes)
-    total = share * sum(of_block[shape] for shape in widths)
-    seconds = float(np.dot(each, [config.steps * share / blocks, total, sum(prunes)]))
+    costs = _fitted(metrics["seconds"].iloc[1:], [blocks * of_block[each] for each in short_widths], short_prunes)
+    total = share * sum(of_block[each] for each in widths)
+    seconds = float(costs @ [config.steps * share / blocks, total, sum(prunes)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    held = peak_memory(lambda: _short_run(teacher, _shortened(config, 3, blocks), length), device)
+    held = peak_memory(lambda: _short_run(teacher, config, length, 3, blocks), device)
     tokens = config.steps * config.batch_size * length
     return Projection(seconds / 3600, tokens / seconds, total * processes, total / seconds, held / 1e9)
 
@@ -251,30 +250,27 @@ def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positio
 
 
 def placeholder_tokenizer(vocab_size: int, pad_token_id: int | None = None) -> BertTokenizerFast:
-    """A tokenizer with V = `vocab_size` entries for random tokens, and [PAD] where the model has it."""
+    """A tokenizer with V = `vocab_size` entries, for random tokens; [PAD] has the index `pad_token_id`, or 0."""
     tokens = [*SPECIAL_TOKENS, *(f"token{index}" for index in range(vocab_size - len(SPECIAL_TOKENS)))]
     if pad_token_id is not None:
         tokens[0], tokens[pad_token_id] = tokens[pad_token_id], tokens[0]
     return BertTokenizerFast(vocab={token: index for index, token in enumerate(tokens)})
 
 
-def _shortened(config: DistillConfig, steps: int, blocks: int) -> DistillConfig:
-    """A run of the same kind between the same two shapes, in a few steps of one micro-batch."""
+def _short_run(
+    teacher: PreTrainedModel, config: DistillConfig, length: int, steps: int, blocks: int
+) -> tuple[DistillConfig, pd.DataFrame]:
+    """Run a few steps of one micro-batch of random tokens between the same two shapes: the config and the metrics."""
     few = {"steps": steps, "batch_size": blocks, "micro_batch_size": 0, "prune_every": 2, "eval_blocks": 1}
     few |= {"prune_start": 0.25, "prune_end": 0.75, "eval_every": steps, "checkpoint_every": steps}
-    return replace(config, **few)
-
-
-def _short_run(teacher: PreTrainedModel, config: DistillConfig, length: int) -> pd.DataFrame:
-    """The metrics of a run on one batch of random tokens."""
-    vocabulary = teacher.config.vocab_size
+    short, vocabulary = replace(config, **few), teacher.config.vocab_size
     tokenizer = placeholder_tokenizer(vocabulary, teacher.config.pad_token_id)
-    size, generator = (config.batch_size, length), torch.Generator().manual_seed(0)
-    tokens = torch.randint(len(SPECIAL_TOKENS), vocabulary, size, generator=generator)  # (B, S)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(SPECIAL_TOKENS), vocabulary, (blocks, length), generator=generator)  # (B, S)
     task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
-    data = (tokens, labelled_once(tokens, task, seed=0))
+    data = (Blocks(tokens), labelled_once(tokens, task, seed=0))
     with tempfile.TemporaryDirectory() as folder:
-        return distill(deepcopy(teacher), tokenizer, *data, config, Path(folder) / "run").metrics
+        return short, distill(deepcopy(teacher), tokenizer, *data, short, Path(folder) / "run").metrics
 
 
 def _fitted(seconds: Iterable[float], operations: Iterable[float], prunes: Iterable[bool]) -> np.ndarray:

@@ -355,7 +355,7 @@ def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | N
 def plot_coupling(model: PreTrainedModel, kept: Mapping[str, Tensor], layer: int = 0) -> Figure:
     """The matrices of one layer and of the embedding, with the rows and columns that a prune removes.
 
-    `model` is a small one before it is narrowed, `kept` is from `hdlib.narrow`. Removed neurons have the colour of their
+    `model` is small and not yet narrowed; `kept` is from `hdlib.narrow`. Removed neurons have the colour of their
     group, darker where two groups cross.
     """
     matrices = {
