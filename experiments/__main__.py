@@ -68,7 +68,7 @@ def _tell(study: Study, scale: Scale, folder: Path, values: dict) -> None:
     found = report.answers(study, table)
     report.save(folder, study, scale, values, found, table)
     for answer in found:
-        print(report.in_words(answer))
+        print(report.describe(answer))
     print(report.estimate(study, folder, Scale.load("paper")))
     print(f"table: {folder / 'table.csv'}\nfigure: {folder / 'figure.png'}")
 

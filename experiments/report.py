@@ -1,23 +1,26 @@
-"""What a study found: its expectations beside its numbers, and what a larger scale would cost."""
+"""The results of a study: its expectations with the measured numbers, and the cost of a larger scale."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
 import pandas as pd
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-import hdlib
+from hdlib import DistillConfig, Run, Widths
+from hdlib.lab.cost import course, operations
+from hdlib.models import language_model_class, shape_of
 
 from .study import ConfigError, Scale, Study, parameters
 
-MASKED = hdlib.DistillConfig.mask_probability  # by default: share of the positions at which the head runs
-
 
 def answers(study: Study, table: pd.DataFrame) -> list[dict]:
-    """Every expectation with what came out: a difference over the seeds, and whether all of them agree with it.
+    """Test every expectation against the final numbers of the runs.
 
     Returns:
         For each expectation its claim; `difference` (higher minus lower, mean over the seeds that both arms
@@ -26,25 +29,20 @@ def answers(study: Study, table: pd.DataFrame) -> list[dict]:
     found = []
     for expectation in study.expectations:
         measure, lower, higher = (expectation[name] for name in ("measure", "lower", "higher"))
-        by_seed = table.pivot(index="seed", columns="arm", values=measure)
         answer = {"claim": expectation["claim"], "measure": measure, "seeds": 0, "verdict": "not measured"}
-        if {lower, higher} <= set(by_seed):
-            difference = (by_seed[higher] - by_seed[lower]).dropna()
-            if len(difference):
-                spread = {"difference": mean(difference), "lowest": difference.min(), "highest": difference.max()}
-                answer |= {"seeds": len(difference), "verdict": _verdict(difference)}
-                answer |= {name: float(value) for name, value in spread.items()}
+        by_seed = table.pivot(index="seed", columns="arm", values=measure).reindex(columns=[lower, higher])
+        difference = (by_seed[higher] - by_seed[lower]).dropna()
+        if len(difference):
+            low, high = float(difference.min()), float(difference.max())
+            verdict = "holds" if low > 0 else "reversed" if high < 0 else "tie"
+            answer |= {"seeds": len(difference), "verdict": verdict}
+            answer |= {"difference": float(mean(difference)), "lowest": low, "highest": high}
         found.append(answer)
     return found
 
 
-def _verdict(difference: pd.Series) -> str:
-    if (difference > 0).all():
-        return "holds"
-    return "reversed" if (difference < 0).all() else "tie"
-
-
-def in_words(answer: dict) -> str:
+def describe(answer: dict) -> str:
+    """One line for an answer."""
     if not answer["seeds"]:
         return f"{answer['claim']}: not measured"
     spread = f"{answer['difference']:+.3f} [{answer['lowest']:+.3f}, {answer['highest']:+.3f}]"
@@ -52,52 +50,53 @@ def in_words(answer: dict) -> str:
 
 
 def estimate(study: Study, measured: Path, scale: Scale) -> str:
-    """How long a run at a scale would take on this machine, from the steps of the runs in a folder.
+    """The time of a run at a scale on this machine, from the floating-point operations and seconds of finished runs.
 
-    A step costs the teacher's forward and three times the student's (forward and backward), the head at the
-    masked positions included; the student's share of the teacher is that of the measured runs. What
-    the machine computes in a second is taken from them too, so a different kind of machine is not covered.
+    A run at the scale takes the same fraction of the operations at full width as the measured runs. The estimate holds
+    for the kind of machine that they ran on.
     """
-    runs = [hdlib.Run.load(file.parent) for file in sorted((measured / "runs").rglob("run.json"))]
+    files = sorted((measured / "runs").rglob("run.json"))
+    runs = [run for file in files if (run := Run.load(file.parent)).finished]
     if not runs:
         raise ConfigError(f"{measured} holds no finished runs to measure a step of: run a smaller scale first")
-    share = mean(_share_of_teacher(run) for run in runs)
-    work = sum(_work(_teacher_config(run), share, **_size(run)) for run in runs)
+    costs = [_operations(_teacher(run.arguments["teacher"]), *_setting(run)) for run in runs]
+    done = sum(run.config.steps * run.config.batch_size * cost for run, (cost, _) in zip(runs, costs, strict=True))
     seconds = sum(run.metrics["seconds"].sum() for run in runs)
     values = parameters(study, scale, {})
-    size = {"steps": values["steps"], "batch_size": values["batch_size"], "length": values["length"]}
-    config = AutoConfig.for_model(**scale.teacher_config) if scale.teacher_config else _teacher_config(runs[0])
-    each = _work(config, share, **size) / (work / seconds)
+    teacher = _teacher(runs[0].arguments["teacher"])
+    if scale.teacher_config:
+        teacher = _without_weights(AutoConfig.for_model(**scale.teacher_config))
+    _, full = _operations(teacher, replace(runs[0].config, target=1.0), values["length"])
+    each = values["steps"] * values["batch_size"] * full * mean(cost / widest for cost, widest in costs)
+    each /= done / seconds
     return (
         f"scale {scale.name}: one run would take about {_duration(each)} on this machine, "
         f"{len(runs)} like those measured here {_duration(each * len(runs))} "
-        f"({work / seconds / 1e12:.2g} TFLOP/s over {len(runs)} runs, {seconds:.0f} s)"
+        f"({done / seconds / 1e12:.2g} TFLOP/s over {len(runs)} runs, {seconds:.0f} s)"
     )
 
 
-def _work(config, share: float, steps: int, batch_size: int, length: int) -> float:
-    """Floating-point operations of a run."""
-    head = 2 * MASKED * length * config.hidden_size * (config.hidden_size + config.vocab_size)
-    forward = hdlib.lab.cost.flops(config, length) + head
-    return steps * batch_size * forward * (1 + 3 * share)
+@cache
+def _operations(teacher: PreTrainedModel, config: DistillConfig, length: int) -> tuple[float, float]:
+    """Floating-point operations of a block in one step: the mean over a run, and at full width."""
+    shapes, wide = course(teacher, config)[0], Widths.of(teacher)
+    of_block = operations(teacher, {*shapes, wide}, config, length)
+    return mean(of_block[each] for each in shapes), of_block[wide]
 
 
-def _share_of_teacher(run: hdlib.Run) -> float:
-    """The matrix products of the student's layers as a fraction of the teacher's, mean over the steps."""
-    m = run.metrics
-    work = m["hidden_size"] * (4 * m["num_heads"] * m["head_dim"] + 2 * m["intermediate_size"])
-    widest = _teacher_config(run)
-    return float(work.mean() / (widest.hidden_size * (4 * widest.hidden_size + 2 * widest.intermediate_size)))
+@cache
+def _teacher(name: str) -> PreTrainedModel:
+    return _without_weights(shape_of(name))
 
 
-def _teacher_config(run: hdlib.Run):
-    teacher = run.arguments["teacher"]
-    return AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return language_model_class(config).from_config(config)
 
 
-def _size(run: hdlib.Run) -> dict:
-    config = run.arguments["config"]
-    return {"steps": config["steps"], "batch_size": config["batch_size"], "length": run.arguments["blocks"]["length"]}
+def _setting(run: Run) -> tuple[DistillConfig, int]:
+    """What the operations depend on; equal for all seeds."""
+    return replace(run.config, seed=0), run.arguments["blocks"]["length"]
 
 
 def _duration(seconds: float) -> str:
@@ -108,15 +107,15 @@ def _duration(seconds: float) -> str:
 
 
 def save(folder: Path, study: Study, scale: Scale, values: dict, answers: list[dict], table: pd.DataFrame) -> None:
-    """`study.json`: everything that a ledger's row needs, small enough to be committed."""
+    """Write `study.json`: the content of a ledger row, small enough to commit."""
     first = next(iter(sorted((folder / "runs").glob("*/run.json"))), None)
-    ran_with = json.loads(first.read_text()) if first else {}
+    description = json.loads(first.read_text()) if first else {}
     found = {
         "study": study.name,
         "scale": scale.name,
         "parameters": values,
-        "machine": ran_with.get("machine"),
-        "versions": ran_with.get("versions"),
+        "machine": description.get("machine"),
+        "versions": description.get("versions"),
         "answers": answers,
         "table": json.loads(table.to_json(orient="records", double_precision=6)),
     }

@@ -36,6 +36,7 @@ _MOVED = {  # names of hdlib 0.1 that are not hdlib.lab.NAME now
     "arms": "hdlib.lab.study",
     "loop": "hdlib.distill",
     "masking": "hdlib.masks",
+    "projection": "hdlib.lab.cost",
 }
 _IN_LAB = [
     "LiveFigure",
@@ -65,7 +66,6 @@ _IN_LAB = [
     "plot_scores",
     "plot_speed_up",
     "plots",
-    "projection",
     "save_result",
     "watch",
     "widgets",

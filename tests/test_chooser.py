@@ -17,7 +17,7 @@ import yaml
 import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.__main__ import PLACES, read
-from hdlib.lab.projection import Projection
+from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
 from hdlib.lab.widgets.chooser import BUTTONS, FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 

@@ -50,9 +50,9 @@ def test_the_command_says_hours_and_money(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", asked)
     cost.main()
     said = capsys.readouterr().out
-    assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in all, [\d,]+ tokens a second", said)
+    assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in total, [\d,]+ tokens a second", said)
     hours, money = re.search(
-        r"  ([\d,.e+]+) hours on 2 x a device that sustains 1e-06 T .* ([\d,.]+) in all", said
+        r"  ([\d,.e+]+) hours on 2 x a device with 1e-06 TFLOP/s, ([\d,.]+) in total", said
     ).groups()
     assert float(money.replace(",", "")) == pytest.approx(18 * float(hours.replace(",", "")), rel=0.01)
     (tmp_path / "config.yaml").write_text(text.replace("embedded", "no/where/at/all"))

@@ -16,7 +16,7 @@ from transformers import BertConfig
 
 import hdlib
 from hdlib.lab import cost
-from hdlib.lab.projection import wordless_tokenizer
+from hdlib.lab.cost import placeholder_tokenizer
 
 from .work import Setting
 
@@ -55,7 +55,7 @@ def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callab
     blocks = torch.randint(1000, 30000, (STEPS * setting.batch_size, setting.length), generator=torch.Generator())
     train = Dataset.from_dict({"input_ids": blocks.tolist()})
     masked_words = {"input_ids": blocks[:1].tolist(), "labels": blocks[:1].tolist()}
-    data = (wordless_tokenizer(BertConfig().vocab_size), train, Dataset.from_dict(masked_words), config, folder)
+    data = (placeholder_tokenizer(BertConfig().vocab_size), train, Dataset.from_dict(masked_words), config, folder)
     return lambda on_step: hdlib.distill(setting.teacher(), *data, on_step=on_step)
 
 

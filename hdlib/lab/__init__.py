@@ -1,26 +1,24 @@
-"""Look at runs, compare them and cost them: studies, figures, widgets, cost, export. Each loads at first use."""
+"""Look at runs, compare them and cost them: studies, figures, widgets, cost, export. Each name loads at first use."""
 
 from importlib import import_module
 
-_MODULE_OF = {
-    name: module
-    for module, names in {
-        "study": "Study final_table overlap paired_differences pick save_result",
-        "plots": "mark_smoke plot_arms plot_coupling plot_discrepancy plot_ends plot_ladder plot_layers plot_losses "
-        "plot_map plot_overlap plot_prunes plot_schedule plot_scores plot_speed_up",
-        "run_figure": "plot_neurons plot_run",
-        "widgets": "LiveFigure chooser compare explore watch",
-    }.items()
-    for name in names.split()
+_NAMES = {
+    "study": "Study final_table overlap paired_differences pick save_result",
+    "plots": "mark_smoke plot_arms plot_coupling plot_discrepancy plot_ends plot_ladder plot_layers plot_losses "
+    "plot_map plot_overlap plot_prunes plot_schedule plot_scores plot_speed_up",
+    "run_figure": "plot_neurons plot_run",
+    "widgets": "LiveFigure chooser compare explore watch",
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = ("cost", "export", "guesses", *_NAMES)
 __all__ = [*sorted(_MODULE_OF), "cost", "export"]
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _MODULE_OF:
         return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    if name in ("cost", "export", "guesses", "plots", "projection", "run_figure", "study", "widgets"):
-        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,20 +1,36 @@
-"""What a model costs: parameters, floating-point operations and time."""
+"""What a model and a run cost: parameters, floating-point operations, time and memory."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import astuple, dataclass, replace
+from itertools import accumulate, product
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel
+
+from ..config import DistillConfig
+from ..data import Blocks, Masking, NextToken, labelled_once
+from ..distill import distill
+from ..losses import DistillationLoss
+from ..widths import Widths, family, set_widths
+
+STEPS = 24  # of the short run; every second one prunes
+WARM_UP = 2  # first steps and forwards, not timed: caches fill and threads start
+COUNTED = 12  # shapes whose operations are counted; the others follow from them
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -25,83 +41,75 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def encoder_parameters(config: PreTrainedConfig) -> int:
     """Parameters in the layers of a model of this shape."""
-    return parameters(_without_weights(config))["encoder"]
+    return parameters(_bare_model(config, "meta"))["encoder"]
 
 
 def flops(config: PreTrainedConfig, length: int = 128) -> int:
-    """Floating-point operations of one forward of one sequence through the layers, head left out.
+    """Floating-point operations of one forward of one sequence through the layers, without the head.
 
     Counted by PyTorch over the matrix products, two for each multiply-add.
 
     Args:
         config: of the model; its weights are not needed.
-        length: S, tokens; cut to the positions that the model has.
+        length: S, tokens; cut to the number of positions of the model.
     """
     try:
-        return _counted(_without_weights(config), length, "meta")  # nothing is computed
-    except RuntimeError:  # DeBERTa reads numbers off tensors on its way, and the meta device has none
-        return _counted(AutoModel.from_config(deepcopy(config), attn_implementation="eager"), length, "cpu")
+        return _counted_flops(config, length, "meta")
+    except RuntimeError:  # DeBERTa reads values of tensors, which the meta device does not have
+        return _counted_flops(config, length, "cpu")
 
 
-def _counted(model: PreTrainedModel, length: int, device: str) -> int:
-    tokens = torch.zeros(1, min(length, model.config.max_position_embeddings), dtype=torch.long, device=device)
+def _counted_flops(config: PreTrainedConfig, length: int, device: str) -> int:
+    model = _bare_model(config, device)
+    tokens = torch.zeros(1, min(length, config.max_position_embeddings), dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
     return counter.get_total_flops()
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The bare model of a shape, on the meta device; eager, since not every SDPA kernel is counted."""
-    with torch.device("meta"):
+def _bare_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
+    """The model of a shape without its head; eager, because PyTorch does not count every SDPA kernel."""
+    with torch.device(device):
         return AutoModel.from_config(deepcopy(config), attn_implementation="eager")
 
 
 @torch.inference_mode()
 def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int = 128, repeats: int = 20) -> dict:
-    """Milliseconds of one forward of each model, median over `repeats`; the models take turns.
+    """Milliseconds of one forward of each model, with the head at every position: the median over `repeats`.
 
-    Measured in turns so that whatever else the machine does falls on all of them alike. The head runs at
-    every position. Call on one device; on a GPU the clock waits for it.
+    The models alternate, so that other load on the machine affects all of them alike. On a GPU each forward is
+    synchronised with the host.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(repeats + 2):
+    for turn in range(WARM_UP + repeats):
         for name, model in models.items():
             input_ids = _random_tokens(model, batch_size, length)
             started = perf_counter()
             model(input_ids)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
-            if turn >= 2:  # the first turns warm up caches and threads
+            if turn >= WARM_UP:
                 times[name].append((perf_counter() - started) * 1000)
     return {name: median(values) for name, values in times.items()}
 
 
 def profiled_flops(model: PreTrainedModel, batch_size: int = 1, length: int = 128) -> int:
-    """Floating-point operations of one forward as PyTorch's profiler counts them while it runs, the head included.
+    """Floating-point operations of one forward, head included, as PyTorch's profiler counts them.
 
-    Matrix products and element-wise sums and products, so it is a little more than `flops` and the head.
+    It also counts element-wise sums and products, so the result is a little above `flops` plus the head.
     """
+    model = deepcopy(model)
+    model.set_attn_implementation("eager")  # SDPA kernels are not counted
     input_ids = _random_tokens(model, batch_size, length)
-    with _eagerly(model), torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
         model(input_ids)
-    return sum(event.flops for event in seen.key_averages() if event.flops)
-
-
-@contextmanager
-def _eagerly(model: PreTrainedModel):
-    """Attention as plain matrix products, which every counter can see."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return sum(event.flops for event in profiled.key_averages() if event.flops)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes that a call holds at once at most, beyond what was there before.
+    """Highest number of bytes that a call holds at the same time, beyond what was allocated before.
 
-    On a GPU from PyTorch's allocator; on a CPU from the allocations that its profiler records.
+    On a GPU from PyTorch's allocator, on a CPU from the allocations that its profiler records.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -110,14 +118,11 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def forward_table(
@@ -126,26 +131,150 @@ def forward_table(
     lengths: Iterable[int] = (32, 128, 512),
     repeats: int = 10,
 ) -> pd.DataFrame:
-    """What a forward costs: a row for each model, batch size and length.
+    """The cost of a forward: a row for each model, batch size and length, where the model has the positions.
 
-    Columns: model, batch_size, length; `milliseconds` (median over `repeats`, the models take turns),
-    `tokens_per_second`, `megabytes` (peak, beyond the weights), `gflop` (of the layers, counted). Lengths
-    beyond the positions of a model are left out.
+    Columns: model, batch_size, length; `milliseconds` from `latency`; `tokens_per_second`; `megabytes` (peak, without
+    the weights); `gflop` (of the layers, without the head).
     """
     rows = []
-    for batch_size in batch_sizes:
-        for length in lengths:
-            able = {name: model for name, model in models.items() if length <= model.config.max_position_embeddings}
-            for name, milliseconds in latency(able, batch_size, length, repeats).items():
-                model = able[name]
-                tokens = _random_tokens(model, batch_size, length)
-                with torch.inference_mode():
-                    memory = peak_memory(lambda model=model, tokens=tokens: model(tokens), model.device)
-                row = {"model": name, "batch_size": batch_size, "length": length, "milliseconds": milliseconds}
-                row |= {"tokens_per_second": 1000 * batch_size * length / milliseconds, "megabytes": memory / 1e6}
-                rows.append(row | {"gflop": batch_size * flops(model.config, length) / 1e9})
+    for batch_size, length in product(batch_sizes, lengths):
+        fitting = {name: model for name, model in models.items() if length <= model.config.max_position_embeddings}
+        for name, milliseconds in latency(fitting, batch_size, length, repeats).items():
+            model = fitting[name]
+            tokens = _random_tokens(model, batch_size, length)
+            with torch.inference_mode():
+                memory = peak_memory(lambda model=model, tokens=tokens: model(tokens), model.device)
+            row = {"model": name, "batch_size": batch_size, "length": length, "milliseconds": milliseconds}
+            row |= {"tokens_per_second": 1000 * batch_size * length / milliseconds, "megabytes": memory / 1e6}
+            rows.append(row | {"gflop": batch_size * flops(model.config, length) / 1e9})
     return pd.DataFrame(rows)
 
 
 def _random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     return torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Cost of a whole run on devices like this one."""
+
+    hours: float
+    tokens_per_second: float  # all devices together
+    operations: float  # floating-point operations of all forward and backward passes
+    operations_per_second: float  # of one device
+    gigabytes: float  # peak memory of one device
+
+
+def project(teacher: PreTrainedModel, config: DistillConfig, length: int, processes: int = 1) -> Projection:
+    """Project the cost of a run from a short run of the same kind on random tokens, which takes some seconds.
+
+    The seconds of a step are fitted as a constant, a part in proportion to its operations, and a part for a prune.
+    Communication between processes is not included.
+
+    Args:
+        teacher: of the right shape; its weights do not matter and are not changed.
+        config: of the run.
+        length: S, tokens a block.
+        processes: devices like this one; each computes an equal share of the batch.
+
+    Raises:
+        ValueError: the run is impossible, or the batch cannot be divided evenly.
+        MemoryError: a step needs more memory than this machine has.
+    """
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size {config.batch_size} is not divisible by {processes} processes: change one")
+    config = replace(config, target=config.shape(teacher))
+    share = config.batch_size // processes  # blocks a step on one device
+    blocks = min(config.micro_batch_size or share, share)
+
+    short, metrics = _short_run(teacher, config, length, STEPS, blocks)
+    (short_widths, short_prunes), (widths, prunes) = course(teacher, short), course(teacher, config)
+    of_block = operations(teacher, {*short_widths, *widths}, config, length)
+    costs = _fitted(metrics["seconds"].iloc[1:], [blocks * of_block[each] for each in short_widths], short_prunes)
+    total = share * sum(of_block[each] for each in widths)
+    seconds = float(costs @ [config.steps * share / blocks, total, sum(prunes)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    held = peak_memory(lambda: _short_run(teacher, config, length, 3, blocks), device)
+    tokens = config.steps * config.batch_size * length
+    return Projection(seconds / 3600, tokens / seconds, total * processes, total / seconds, held / 1e9)
+
+
+def course(teacher: PreTrainedModel, config: DistillConfig) -> tuple[list[Widths], list[bool]]:
+    """For each step from 1 on: the shape that it computes in, and whether neurons are chosen after it."""
+    wide, target = Widths.of(teacher), config.shape(teacher)
+    now = target if config.initial == "random" else wide
+    widths, prunes = [], []
+    for step in range(1, config.steps + 1):
+        scheduled = config.widths_at(step, teacher, target)
+        after = scheduled if scheduled.fits_in(now) else now
+        widths.append(wide if config.under_masks else now)  # masked neurons are still computed
+        prunes.append(config.chooses_at(step) if config.under_masks else after != now)
+        now = after
+    return widths, prunes
+
+
+def operations(
+    teacher: PreTrainedModel, shapes: Iterable[Widths], config: DistillConfig, length: int
+) -> dict[Widths, float]:
+    """Floating-point operations of a step for one block of S = `length` tokens, by the shape of the student.
+
+    One forward of the teacher, if a loss term uses it, and three times the forward of the student (forward and
+    backward pass). A matrix product has two widths, or one width and a constant. So a linear fit to the counts of
+    some shapes gives the others exactly.
+    """
+    wide, shapes = Widths.of(teacher), sorted(set(shapes), key=astuple)
+    loss_positions = length
+    if config.positions == "masked" and not family(teacher).causal:
+        loss_positions = max(1, round(config.mask_probability * length))
+    uses_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
+    of_teacher = _forward(teacher, wide, length, loss_positions) if uses_teacher else 0.0
+    some = sorted(set(np.linspace(0, len(shapes) - 1, COUNTED).round().astype(int)))
+    counted = [_forward(teacher, shapes[each], length, loss_positions) for each in some]
+    products = np.array([_products(widths, wide) for widths in shapes])  # (shapes, products)
+    weights = np.linalg.lstsq(products[some], np.array(counted, dtype=float))[0]
+    return dict(zip(shapes, (of_teacher + 3 * products @ weights).tolist(), strict=True))
+
+
+def _products(widths: Widths, wide: Widths) -> list[float]:
+    """The terms whose weighted sum is the operations of a forward: widths over the teacher's, and their products."""
+    hidden, ffn = widths.hidden / wide.hidden, widths.ffn / wide.ffn
+    heads = widths.heads * widths.head_dim / (wide.heads * wide.head_dim)
+    return [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
+
+
+def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:
+    """Operations of one block through the layers, and through the head at the loss positions."""
+    config = deepcopy(teacher.config)
+    set_widths(teacher, config, widths)
+    return flops(config, length) + 2 * loss_positions * config.hidden_size * (config.hidden_size + config.vocab_size)
+
+
+def placeholder_tokenizer(vocab_size: int, pad_token_id: int | None = None) -> BertTokenizerFast:
+    """A tokenizer with V = `vocab_size` entries, for random tokens; [PAD] has the index `pad_token_id`, or 0."""
+    tokens = [*SPECIAL_TOKENS, *(f"token{index}" for index in range(vocab_size - len(SPECIAL_TOKENS)))]
+    if pad_token_id is not None:
+        tokens[0], tokens[pad_token_id] = tokens[pad_token_id], tokens[0]
+    return BertTokenizerFast(vocab={token: index for index, token in enumerate(tokens)})
+
+
+def _short_run(
+    teacher: PreTrainedModel, config: DistillConfig, length: int, steps: int, blocks: int
+) -> tuple[DistillConfig, pd.DataFrame]:
+    """Run a few steps of one micro-batch of random tokens between the same two shapes: the config and the metrics."""
+    few = {"steps": steps, "batch_size": blocks, "micro_batch_size": 0, "prune_every": 2, "eval_blocks": 1}
+    few |= {"prune_start": 0.25, "prune_end": 0.75, "eval_every": steps, "checkpoint_every": steps}
+    short, vocabulary = replace(config, **few), teacher.config.vocab_size
+    tokenizer = placeholder_tokenizer(vocabulary, teacher.config.pad_token_id)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(SPECIAL_TOKENS), vocabulary, (blocks, length), generator=generator)  # (B, S)
+    task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+    data = (Blocks(tokens), labelled_once(tokens, task, seed=0))
+    with tempfile.TemporaryDirectory() as folder:
+        return short, distill(deepcopy(teacher), tokenizer, *data, short, Path(folder) / "run").metrics
+
+
+def _fitted(seconds: Iterable[float], operations: Iterable[float], prunes: Iterable[bool]) -> np.ndarray:
+    """Seconds for a step, an operation and a prune: the non-negative least squares fit to measured steps."""
+    design = np.column_stack([np.ones(len(prunes)), operations, prunes])  # (steps, 3)
+    scale = np.maximum(design.max(0), 1)  # operations are many orders of magnitude larger than the rest
+    return nnls((design / scale)[WARM_UP:], np.array(seconds)[WARM_UP:])[0] / scale

@@ -1,10 +1,9 @@
-"""What a language model guesses where a word is left out, or next."""
+"""The most probable tokens for the gaps of a sentence, or for its next token."""
 
 from __future__ import annotations
 
 import pandas as pd
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import forward, num_positions
@@ -17,35 +16,34 @@ GAP = "___"
 def guesses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str, count: int = 5
 ) -> list[pd.DataFrame]:
-    """The most probable words of a sentence's gaps, or, from a causal model, its next word.
+    """The most probable tokens at each gap of a sentence; for a causal model, after its end.
 
     Args:
         model: with its language-model head.
         tokenizer: of the model.
-        sentence: with a gap, `___` or the tokenizer's mask, for each word to guess; causal models go on from its end.
-        count: guesses for each gap.
+        sentence: marks each gap with `___` or with the tokenizer's mask token.
+        count: tokens a gap.
 
     Returns:
-        For each gap a table with the columns `guess` and `probability`, the most probable first.
+        For each gap a table with the columns `guess` and `probability`, the most probable token first.
 
     Raises:
-        ValueError: no gap; more text than the model has positions.
+        ValueError: no gap, or more tokens than the model has positions.
     """
     causal = family(model).causal
     if not sentence.strip():
-        raise ValueError("write a sentence")
+        raise ValueError("the sentence is empty: write one")
     text = sentence if causal else sentence.replace(GAP, tokenizer.mask_token)
     input_ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)  # (1, S)
-    if input_ids.shape[1] > num_positions(model):
-        raise ValueError(f"the sentence has {input_ids.shape[1]} tokens, the model {num_positions(model)} positions")
-    gaps = torch.zeros_like(input_ids, dtype=torch.bool) if causal else input_ids == tokenizer.mask_token_id
+    length, positions = input_ids.shape[1], num_positions(model)
+    if length > positions:
+        raise ValueError(f"the sentence has {length} tokens, the model {positions} positions: write a shorter one")
+    gaps = torch.zeros_like(input_ids, dtype=torch.bool) if causal else input_ids == tokenizer.mask_token_id  # (1, S)
     gaps[:, -1] |= causal
     if not gaps.any():
-        raise ValueError(f"write {GAP} in place of each word that is to be guessed")
-    probabilities = forward(model.eval(), input_ids, gaps).logits.float().softmax(-1)  # (gaps, V)
-    return [_table(tokenizer, *each.topk(count)) for each in probabilities]
-
-
-def _table(tokenizer: PreTrainedTokenizerBase, probabilities: Tensor, words: Tensor) -> pd.DataFrame:
-    guessed = [tokenizer.decode([word]).strip() for word in words.tolist()]
-    return pd.DataFrame({"guess": guessed, "probability": probabilities.tolist()})
+        raise ValueError(f"the sentence has no gap: write {GAP} in place of each token to guess")
+    probabilities = forward(model.eval(), input_ids, gaps).logits.float().softmax(-1).topk(count)  # (gaps, count)
+    return [
+        pd.DataFrame({"guess": [tokenizer.decode([token]).strip() for token in tokens], "probability": values})
+        for values, tokens in zip(*(each.tolist() for each in probabilities), strict=True)
+    ]

@@ -24,9 +24,8 @@ from ...corpus import SHORTEST, check_there, load_corpus
 from ...models import check_length, language_model_class, load_teacher, shape_of
 from ...narrowing import empty_stock_model
 from ...widths import Widths
-from ..cost import flops, parameters
+from ..cost import Projection, flops, parameters, project
 from ..plots import plot_schedule
-from ..projection import Projection, project
 from .describe import Shown, alert, status
 from .picture import Picture, drawn
 from .watch import watch

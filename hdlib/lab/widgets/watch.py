@@ -95,7 +95,7 @@ class Watch(Shown):
             self.picture.png = getattr(self.explorer, "png", b"")
         else:
             figure = RunFigure(self.run)
-            self.picture.show(drawn(figure.figure), figure.words(figure.steps[1]))
+            self.picture.show(drawn(figure.figure), figure.describe(figure.steps[1]))
         self._drawing = perf_counter() - started
 
     def _state(self, finished: bool) -> str:
