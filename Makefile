@@ -1,20 +1,20 @@
-# Everything lives in .venv; the tested versions are in constraints.txt.
+# All targets use the environment in .venv, with the tested versions of constraints.txt.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: help setup quickstart test browser lab lint clean
 
 help:
-	@echo "make quickstart   install, then distil the embedded teacher: the executed notebook is in runs/"
+	@echo "make quickstart   install, then distil the embedded teacher; writes the executed notebook to runs/"
 	@echo "make test         install, then run the tests"
-	@echo "make browser      drive the notebooks in a real JupyterLab (needs a Chromium); screenshots in runs/browser"
+	@echo "make browser      test the notebooks in JupyterLab (needs a Chromium); screenshots in runs/browser"
 	@echo "make lab          install, then open JupyterLab on the notebooks"
-	@echo "make lint         check the code with ruff, and the notebooks for outputs"
+	@echo "make lint         check the code with ruff, and that notebooks have no outputs"
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=...')"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed. Name it: make PYTHON=...')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[test]"
 	touch $@
@@ -22,7 +22,7 @@ setup: .venv/installed
 quickstart: setup
 	mkdir -p runs
 	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 400
-	@echo "Read the executed notebook: runs/00_quickstart.ipynb (make lab opens JupyterLab)"
+	@echo "Executed notebook: runs/00_quickstart.ipynb (make lab opens JupyterLab)"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,10 +1,10 @@
-"""Pre-train a small causal teacher from scratch, for runs without a hub: a Qwen3 of 4 layers.
+"""Pre-train a small causal teacher, a Qwen3 of 4 layers, for runs without the hub.
 
     python -m experiments.make_causal_teacher --corpus WIKIPEDIA --out runs/causal_teacher --steps 1500
 
-The tokenizer, a byte-level BPE of 4,096 entries, is trained on the corpus too. WIKIPEDIA is anything `load_corpus`
-takes. What comes out knows little of the world; it has what narrowing a causal model needs: trained weights, rotated
-positions, key/value heads that several query heads share, norms on queries and keys.
+The tokenizer, a byte-level BPE of 4,096 entries, is trained on the same corpus, which is any that `load_corpus`
+accepts. The model has what a test of narrowing causal models needs: trained weights, rotary positions, key/value heads
+shared by several query heads, and norms on queries and keys.
 """
 
 from __future__ import annotations

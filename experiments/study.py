@@ -1,13 +1,13 @@
-"""Studies and scales: what is asked, and how large, as YAML files that are checked before anything starts.
+"""Studies and scales: YAML files that define what is compared and at which size, checked before anything starts.
 
-A study names its question, its notebook, the grid of the notebook's list parameters, the seeds, and what is
-expected to come out. A scale gives values to the notebooks' parameters. A *cell* is one execution of the notebook
-with one value of each list; the training runs behind it are shared, so the notebook with all values
-at once draws the whole study.
+A study has a question, a notebook, a grid over the notebook's list parameters, seeds, and expected relations between
+results. A scale sets values of the notebooks' parameters. A *cell* is one execution of the notebook with one value of
+each list. Cells share the training runs, so an execution with all values draws the whole study.
 """
 
 from __future__ import annotations
 
+import re
 from ast import literal_eval
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,11 +19,11 @@ import yaml
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list}
-MANAGED = ("runs", "results", "draw_only")  # parameters that the runner sets itself
+MANAGED = ("runs", "results", "draw_only")  # parameters that the runner sets
 
 
 class ConfigError(ValueError):
-    """A study, a scale or a value that cannot be; one line that names it and the way out."""
+    """An invalid study, scale or value. The message has one line: what is wrong, its value, what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Study:
 
     @classmethod
     def load(cls, name: str) -> Study:
-        """A study by name, from `studies/NAME.yaml`. Raises ConfigError."""
+        """Read `studies/NAME.yaml`. Raises ConfigError."""
         path = HERE / "studies" / f"{name}.yaml"
         if not path.exists():
-            raise ConfigError(f"there is no study {name!r}; there are: {', '.join(names('studies'))}")
+            raise ConfigError(f"unknown study {name!r}: use one of {', '.join(names('studies'))}")
         values = _read(path, required={"question", "notebook", "grid", "seeds"}, optional={"expectations"})
         notebook = NOTEBOOKS / f"{values['notebook']}.ipynb"
         if not notebook.exists():
-            raise ConfigError(f"{path.name}: there is no notebook {notebook.name} in {NOTEBOOKS.name}/")
+            raise ConfigError(f"{path.name}: {NOTEBOOKS.name}/ has no notebook {notebook.name}. Correct `notebook`")
         for expectation in values.get("expectations", []):
             if set(expectation) != {"claim", "measure", "lower", "higher"}:
                 raise ConfigError(
-                    f"{path.name}: an expectation has claim, measure, lower and higher; got {expectation}"
+                    f"{path.name}: the expectation {expectation} is incomplete. Give claim, measure, lower and higher"
                 )
         return cls(name, **values | {"notebook": notebook})
 
@@ -57,19 +57,18 @@ class Study:
 class Scale:
     name: str
     about: str
-    minutes: float  # a cell that takes longer is stopped
+    minutes: float  # time limit of a cell
     parameters: dict
-    studies: dict[str, dict] = field(default_factory=dict)
-    teacher_config: dict = field(default_factory=dict)  # of a teacher that is not at hand, to count its cost
+    studies: dict[str, dict] = field(default_factory=dict)  # parameters for one study only
+    teacher_config: dict = field(default_factory=dict)  # shape of a teacher that is not on this machine, for estimates
 
     @classmethod
     def load(cls, name: str) -> Scale:
-        """A scale by name, from `scales/NAME.yaml`, or by the path of such a file. Raises ConfigError."""
+        """Read `scales/NAME.yaml`, or the YAML file at the path `name`. Raises ConfigError."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else HERE / "scales" / f"{name}.yaml"
+        path = path.expanduser()
         if not path.exists():
-            raise ConfigError(
-                f"there is no scale {name!r}; there are: {', '.join(names('scales'))}, or the path of a file"
-            )
+            raise ConfigError(f"unknown scale {name!r}: use one of {', '.join(names('scales'))}, or a file's path")
         values = _read(path, required={"about", "minutes", "parameters"}, optional={"studies", "teacher_config"})
         return cls(path.stem, **{key: value or {} for key, value in values.items()})
 
@@ -83,50 +82,49 @@ class Cell:
 
 
 def names(folder: str) -> list[str]:
-    """The studies or scales there are."""
+    """The names of the studies or scales."""
     return sorted(path.stem for path in (HERE / folder).glob("*.yaml"))
 
 
 def parameters(study: Study, scale: Scale, overrides: dict) -> dict:
-    """The value of every parameter of the study's notebook, lists whole. Raises ConfigError for a name or type.
+    """Return the value of every parameter of the study's notebook, with whole lists.
 
-    Later ones win: the notebook's defaults, the study's grid and seeds, the scale, the scale's part for this
-    study, `overrides`.
+    Later ones win: the notebook's defaults, the study's grid and seeds, the scale, the scale's values for this study,
+    `overrides`. Raises ConfigError for an unknown name or a wrong type.
     """
     declared = _declared(study.notebook)
-    asked = study.grid | {"seeds": study.seeds} | scale.parameters | scale.studies.get(study.name, {}) | overrides
-    for name, value in asked.items():
+    given = study.grid | {"seeds": study.seeds} | scale.parameters | scale.studies.get(study.name, {}) | overrides
+    for name, value in given.items():
         if name in MANAGED:
-            raise ConfigError(f"{name} is set by the runner: leave it out")
+            raise ConfigError(f"{name} is set by the runner: remove it")
         if name not in declared:
             known = ", ".join(known for known in declared if known not in MANAGED)
-            raise ConfigError(f"{study.notebook.name} has no parameter {name!r}; it has: {known}")
+            raise ConfigError(f"{study.notebook.name} has no parameter {name!r}: use one of {known}")
         _check_type(name, value, *declared[name])
-    defaults = {name: default for name, (_, default) in declared.items() if name not in MANAGED}
-    return defaults | asked
+    return {name: default for name, (_, default) in declared.items() if name not in MANAGED} | given
 
 
 def cells(study: Study, values: dict) -> list[Cell]:
-    """The grid, seed by seed: what is learned first is a whole comparison with one seed."""
+    """The cells of the grid, seed by seed, so that a whole comparison with one seed is finished first."""
     axes = ["seeds", *study.grid]
-    made = []
+    found = []
     for choice in product(*(values[axis] for axis in axes)):
         one = dict(zip(axes, choice, strict=True))
         name = ",".join(f"{axis}={value}" for axis, value in sorted(one.items()))
-        made.append(Cell(name, values | {axis: [value] for axis, value in one.items()}))
-    return made
+        found.append(Cell(name, values | {axis: [value] for axis, value in one.items()}))
+    return found
 
 
 def only(every: list[Cell], wanted: list[str]) -> list[Cell]:
-    """The cells that have one of the wanted values (`AXIS=VALUE`) on each named axis.
+    """Return the cells that have one of the wanted values (`AXIS=VALUE`) on each named axis.
 
     Raises:
-        ConfigError: a value that no cell has.
+        ConfigError: no cell has such a value.
     """
-    there = {part for cell in every for part in cell.name.split(",")}
-    unknown = [part for part in wanted if part not in there]
+    known = {part for cell in every for part in cell.name.split(",")}
+    unknown = [part for part in wanted if part not in known]
     if unknown:
-        raise ConfigError(f"no cell has {', '.join(unknown)}; there are: {', '.join(sorted(there))}")
+        raise ConfigError(f"no cell has {', '.join(unknown)}: use {', '.join(sorted(known))}")
     axes = {part.partition("=")[0] for part in wanted}
     return [cell for cell in every if len(set(wanted) & set(cell.name.split(","))) == len(axes)]
 
@@ -138,35 +136,37 @@ def _declared(notebook: Path) -> dict[str, tuple[str, object]]:
 
 
 def _check_type(name: str, value, declared: str, default) -> None:
-    """A value must have the type that the notebook declares, the members of a list that of the default's first."""
-    members, kind = [value], declared
+    """A value must have the declared type; the members of a list must have the type of the default's first member."""
+    members, kind, what = [value], declared, f"{name} must be of type {declared}"
     if declared == "list" and isinstance(value, list):
-        _check(bool(value), f"{name} is an empty list: leave it out, or name at least one value")
+        if not value:
+            raise ConfigError(f"{name} is an empty list: give at least one value, or remove it")
         members, kind = value, type(default[0]).__name__
+        what = f"{name} must be a list of {kind}"
     for member in members:
-        right = isinstance(member, TYPES[kind]) and (kind == "bool" or not isinstance(member, bool))
-        what = f"{name} must be of type {kind}" if kind == declared else f"{name} must be a list of {kind}"
-        hint = ": YAML takes a number with an exponent for text unless it has a point, as in 3.0e-4"
-        text = kind == "float" and isinstance(member, str)
-        _check(right, f"{what}; got {member!r}{hint if text else ''}")
+        if not isinstance(member, TYPES[kind]) or (isinstance(member, bool) and kind != "bool"):
+            raise ConfigError(f"{what}; got {member!r}{_hint(member) if kind == 'float' else ''}")
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+def _hint(text) -> str:
+    """How to write a number with an exponent: YAML needs a point and a sign, else it reads a text."""
+    number = re.fullmatch(r"([-+]?\d+)(\.\d*)?e([-+]?)(\d+)", str(text), re.IGNORECASE)
+    if not number:
+        return ""
+    digits, fraction, sign, exponent = number.groups()
+    return f", which YAML reads as a text: write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
 
 
 def _read(path: Path, required: set[str], optional: set[str]) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} must hold names and values")
+        raise ConfigError(f"{path.name} must hold `name: value` lines; got {values!r}")
     if missing := required - values.keys():
-        raise ConfigError(f"{path.name} lacks {', '.join(sorted(missing))}")
+        raise ConfigError(f"{path.name} lacks {', '.join(sorted(missing))}: add it")
     if unknown := values.keys() - required - optional:
-        raise ConfigError(
-            f"{path.name}: unknown {', '.join(sorted(unknown))}; it may have: {', '.join(sorted(required | optional))}"
-        )
+        known = ", ".join(sorted(required | optional))
+        raise ConfigError(f"{path.name} has an unknown field {', '.join(sorted(unknown))}: use {known}")
     return values

@@ -1,4 +1,4 @@
-"""The runner on a toy study: grid, failures, hangs, what is done already, Ctrl-C, and mistakes named in one line."""
+"""The runner on a toy study: grid, failures, time limit, finished cells, Ctrl-C, and one-line error messages."""
 
 import json
 import os
@@ -27,7 +27,7 @@ steps: int = 3  # how many
 rate: float = 1e-3  # how fast
 rates: list = [0.1]  # several
 name: str = "toy"  # what for
-loud: bool = False  # or quiet
+loud: bool = False  # or not
 runs: str = "runs"  # where to
 results: str = "results"  # where to
 draw_only: bool = False  # train nothing
@@ -65,7 +65,7 @@ STUDY = {
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    """A project of one notebook, one study and one scale; `workshop(study, scale)` changes them."""
+    """A project of one notebook, one study and two scales; calling it rewrites study and scales."""
     notebooks, here = tmp_path / "notebooks", tmp_path / "experiments"
     for folder in (notebooks, here / "studies", here / "scales"):
         folder.mkdir(parents=True)
@@ -92,15 +92,18 @@ def workshop(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *arguments) -> int | str:
-    """The exit status of the command, or what it said instead."""
+    """The exit status of the command, or its error message."""
     monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
     with pytest.raises(SystemExit) as exit:
         command.main()
     return exit.value.code
 
 
-def test_a_grid_from_a_clean_tree_to_table_and_figure(workshop, monkeypatch, capsys):
+def test_a_grid_gives_a_table_and_a_figure(workshop, monkeypatch, capsys, tmp_path):
     folder = workshop()
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)  # another kernel of that name, which does not start
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text('{"argv": ["false"], "display_name": "other"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     assert run(monkeypatch, "toy", "--jobs", "2") == 0
     names = {f"arms={arm},seeds={seed}" for arm in ("good", "better") for seed in (1, 2)}
     assert {path.name for path in (folder / "cells").iterdir()} == names
@@ -113,32 +116,32 @@ def test_a_grid_from_a_clean_tree_to_table_and_figure(workshop, monkeypatch, cap
     (answer,) = kept["answers"]
     assert answer["verdict"] == "holds" and answer["seeds"] == 2 and answer["difference"] == pytest.approx(1.0)
     assert "better is better: holds (kl +1.000 [+1.000, +1.000], 2 seeds)" in capsys.readouterr().out
-    # Nothing is done twice.
+    # Finished cells are not repeated.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
     assert run(monkeypatch, "toy") == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
 
 
-def test_a_cell_that_fails_is_named_and_the_others_go_on(workshop, monkeypatch, capsys):
+def test_a_failed_cell_is_reported_and_the_others_run(workshop, monkeypatch, capsys):
     folder = workshop({"grid": {"arms": ["broken", "better"]}, "seeds": [1]})
     assert run(monkeypatch, "toy") == 1
-    said = capsys.readouterr().out
-    assert "FAILED arms=broken,seeds=1: ArithmeticError: this arm never works (see " in said
-    assert "1 of 2 cells are missing: arms=broken,seeds=1" in said
+    output = capsys.readouterr().out
+    assert "FAILED arms=broken,seeds=1: ArithmeticError: this arm never works (see " in output
+    assert "1 of 2 cells are missing: arms=broken,seeds=1" in output
     assert {path.name for path in (folder / "cells").iterdir()} == {
         "arms=broken,seeds=1.unfinished",
         "arms=better,seeds=1",
     }
-    assert pd.read_csv(folder / "table.csv")["arm"].tolist() == ["better"], "what there is, is gathered"
+    assert pd.read_csv(folder / "table.csv")["arm"].tolist() == ["better"], "finished cells are gathered"
 
 
-def test_a_cell_that_hangs_is_stopped_with_its_kernel(workshop, monkeypatch, capsys):
+def test_a_cell_beyond_the_time_limit_is_stopped_with_its_kernel(workshop, monkeypatch, capsys):
     folder = workshop({"grid": {"arms": ["slow", "better"]}, "seeds": [1]}, minutes=0.3)
     assert run(monkeypatch, "toy", "--jobs", "2") == 1
-    said = capsys.readouterr().out
-    assert "FAILED arms=slow,seeds=1: stopped after 0.3 minutes, twice (see " in said
+    output = capsys.readouterr().out
+    assert "FAILED arms=slow,seeds=1: stopped after 0.3 minutes, twice (see " in output
     assert (folder / "cells" / "arms=better,seeds=1").is_dir()
-    assert not kernels(folder.parents[2]), "its kernel is gone too"
+    assert not kernels(folder.parents[2]), "its kernel is stopped too"
 
 
 def kernels(inside: Path) -> list[psutil.Process]:
@@ -151,7 +154,7 @@ def kernels(inside: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_whole_cells_only_and_the_next_start_does_the_rest(workshop, monkeypatch, tmp_path, how):
+def test_ctrl_c_keeps_finished_cells_and_the_next_start_runs_the_others(workshop, monkeypatch, tmp_path, how):
     folder = workshop({"grid": {"arms": ["better", "slow"]}, "seeds": [1]})
     script = f"""
 import sys
@@ -170,7 +173,7 @@ command.main()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts the tests in the background lets all that they start ignore Ctrl-C.
+        # A shell that runs the tests in the background makes child processes ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waiting = folder / "cells" / "arms=slow,seeds=1.unfinished" / "log.txt"
@@ -179,8 +182,8 @@ command.main()
             break
         time.sleep(0.1)
     process.send_signal(how)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1 and "stopped: cells that were done stay" in said and "Traceback" not in said
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 1 and "stopped: finished cells are kept" in output and "Traceback" not in output
     assert not kernels(tmp_path)
     done = (folder / "cells" / "arms=better,seeds=1" / "result.json").stat().st_mtime_ns
     (folder / "runs" / "enough").write_text("")
@@ -189,11 +192,11 @@ command.main()
     assert sorted(pd.read_csv(folder / "table.csv")["arm"]) == ["better", "slow"]
 
 
-def test_two_do_not_run_one_study_in_one_folder(workshop, monkeypatch):
+def test_a_folder_in_use_is_refused(workshop, monkeypatch):
     folder = workshop()
     with runner.alone_in(folder):
-        said = run(monkeypatch, "toy")
-    assert said.startswith("runs/toy/smoke is being run by another process") and not (folder / "cells").exists()
+        error = run(monkeypatch, "toy")
+    assert error.startswith("runs/toy/smoke is in use by another process") and not (folder / "cells").exists()
 
 
 def test_only_some_cells(workshop, monkeypatch, capsys):
@@ -212,71 +215,78 @@ def test_only_takes_several_values_of_an_axis_and_all_axes_together():
         cell(arm, seed) for seed in (1, 11) for arm in ("good", "bad")
     ]
     assert study.only(every, ["arms=good", "arms=bad", "seeds=1"]) == [cell("good", 1), cell("bad", 1)]
-    with pytest.raises(study.ConfigError, match="no cell has seeds=2; there are"):
+    with pytest.raises(study.ConfigError, match="no cell has seeds=2: use"):
         study.only(every, ["arms=good", "seeds=2"])
 
 
-def test_a_study_that_is_there_with_other_parameters_is_not_mixed(workshop, monkeypatch):
+def test_other_parameters_in_the_same_folder_are_refused(workshop, monkeypatch):
     workshop()
     assert run(monkeypatch, "toy", "--only", "seeds=1") == 0
-    said = run(monkeypatch, "toy", "--set", "steps=4")
-    assert "holds this study with other parameters: steps was 3, is 4" in said and "\n" not in said
+    error = run(monkeypatch, "toy", "--set", "steps=4")
+    assert "holds this study with other parameters: steps was 3, is 4" in error and "\n" not in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tyo"], "there is no study 'tyo'; there are: toy"),
-        (["toy", "--scale", "huge"], "there is no scale 'huge'; there are: paper, smoke, or the path of a file"),
-        (["toy", "--set", "stpes=4"], "90_toy.ipynb has no parameter 'stpes'; it has: arms, seeds, steps, rate"),
+        (["tyo"], "unknown study 'tyo': use one of toy"),
+        (["toy", "--scale", "huge"], "unknown scale 'huge': use one of paper, smoke, or a file's path"),
+        (["toy", "--set", "stpes=4"], "90_toy.ipynb has no parameter 'stpes': use one of arms, seeds, steps, rate"),
         (["toy", "--set", "steps=many"], "steps must be of type int; got 'many'"),
         (["toy", "--set", "steps=1.5"], "steps must be of type int; got 1.5"),
         (["toy", "--set", "steps=true"], "steps must be of type int; got True"),
         (["toy", "--set", "loud=1"], "loud must be of type bool; got 1"),
         (["toy", "--set", "name=no"], "name must be of type str; got False"),
-        (["toy", "--set", "rate=3e-4"], "rate must be of type float; got '3e-4': YAML takes a number with an exp"),
-        (["toy", "--set", "rates=[3e-4]"], "rates must be a list of float; got '3e-4': YAML takes a number"),
+        (
+            ["toy", "--set", "rate=3e-4"],
+            "rate must be of type float; got '3e-4', which YAML reads as a text: write 3.0e-4",
+        ),
+        (["toy", "--set", "rate=fast"], "rate must be of type float; got 'fast'"),
+        (
+            ["toy", "--set", "rates=[0.1, 2.5e3]"],
+            "rates must be a list of float; got '2.5e3', which YAML reads as a te",
+        ),
         (["toy", "--set", "arms=good"], "arms must be of type list; got 'good'"),
-        (["toy", "--set", "arms=[]"], "arms is an empty list"),
-        (["toy", "--set", "runs=here"], "runs is set by the runner: leave it out"),
-        (["toy", "--set", "steps"], "--set takes NAME=VALUE; got 'steps'"),
-        (["toy", "--only", "arms=bad"], "no cell has arms=bad; there are: arms=better, arms=good, seeds=1, seeds=2"),
-        (["toy", "--jobs", "0"], "--jobs is at least 1; got 0"),
+        (["toy", "--set", "arms=[]"], "arms is an empty list: give at least one value"),
+        (["toy", "--set", "runs=here"], "runs is set by the runner: remove it"),
+        (["toy", "--set", "steps"], "--set needs NAME=VALUE; got 'steps'"),
+        (["toy", "--only", "arms=bad"], "no cell has arms=bad: use arms=better, arms=good, seeds=1, seeds=2"),
+        (["toy", "--jobs", "0"], "--jobs must be at least 1; got 0"),
     ],
 )
-def test_mistakes_are_named_in_one_line_before_anything_starts(workshop, monkeypatch, tmp_path, arguments, message):
-    said = run(monkeypatch, *arguments)
-    assert said.startswith(message) and "\n" not in said
+def test_invalid_arguments_are_refused_before_anything_starts(workshop, monkeypatch, tmp_path, arguments, message):
+    error = run(monkeypatch, *arguments)
+    assert error.startswith(message) and "\n" not in error
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"notebook": "91_none"}, "toy.yaml: there is no notebook 91_none.ipynb in notebooks/"),
-        ({"girl": {}}, "toy.yaml: unknown girl; it may have: expectations, grid, notebook, question, seeds"),
+        ({"notebook": "91_none"}, "toy.yaml: notebooks/ has no notebook 91_none.ipynb"),
+        ({"girl": {}}, "toy.yaml has an unknown field girl: use expectations, grid, notebook, question, seeds"),
         ({"grid": {"arm": ["good"]}}, "90_toy.ipynb has no parameter 'arm'"),
         ({"seeds": 3}, "seeds must be of type list; got 3"),
-        ({"expectations": [{"claim": "x"}]}, "toy.yaml: an expectation has claim, measure, lower and higher; got"),
+        ({"expectations": [{"claim": "x"}]}, "toy.yaml: the expectation {'claim': 'x'} is incomplete. Give claim"),
     ],
 )
-def test_mistakes_in_a_study_are_named(workshop, monkeypatch, changes, message):
+def test_an_invalid_study_is_refused(workshop, monkeypatch, changes, message):
     workshop(changes)
     assert run(monkeypatch, "toy").startswith(message)
 
 
-def test_mistakes_in_a_scale_are_named(workshop, monkeypatch, tmp_path):
+def test_an_invalid_scale_is_refused(workshop, monkeypatch, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("about: mine\nminutes: 1\nparameters:\n  rate: 3e-4\n")
     assert run(monkeypatch, "toy", "--scale", str(path)).startswith("rate must be of type float; got '3e-4'")
     path.write_text("about: mine\nparameters: {}\n")
-    assert run(monkeypatch, "toy", "--scale", str(path)) == "mine.yaml lacks minutes"
+    assert run(monkeypatch, "toy", "--scale", str(path)) == "mine.yaml lacks minutes: add it"
     path.write_text("about: [\n")
-    said = run(monkeypatch, "toy", "--scale", str(path))
-    assert said.startswith("mine.yaml is no YAML: ") and "\n" not in said
+    error = run(monkeypatch, "toy", "--scale", str(path))
+    assert error.startswith("mine.yaml is not valid YAML: ") and "\n" not in error
 
 
-def test_a_path_stays_one_where_the_notebook_runs(monkeypatch, tmp_path):
+def test_paths_become_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     assert command._overrides(["corpus=text", "tables=text", "teacher=embedded", "steps=4"]) == {
@@ -288,43 +298,43 @@ def test_a_path_stays_one_where_the_notebook_runs(monkeypatch, tmp_path):
 
 
 def test_every_study_fits_its_notebook_at_every_scale():
-    """Names and types of all that is in the project, which papermill would not check."""
+    """Papermill would not check names and types."""
     for name in study.names("studies"):
         for scale in study.names("scales"):
-            asked = Study.load(name)
-            values = study.parameters(asked, Scale.load(scale), {})
-            assert len(study.cells(asked, values)) >= len(values["seeds"])
+            chosen = Study.load(name)
+            values = study.parameters(chosen, Scale.load(scale), {})
+            assert len(study.cells(chosen, values)) >= len(values["seeds"])
             assert scale == "smoke" or len(values["seeds"]) >= 3
 
 
 def test_verdicts_by_hand():
-    asked = Study("toy", "?", Path("x"), {}, [1], STUDY["expectations"])
+    toy = Study("toy", "?", Path("x"), {}, [1], STUDY["expectations"])
     rows = {"holds": [1.0, 0.1], "reversed": [-1.0, -0.1], "tie": [1.0, -0.1]}
     for verdict, differences in rows.items():
         table = [("good", seed, 2.0 + d) for seed, d in enumerate(differences)]
         table += [("better", seed, 2.0) for seed, _ in enumerate(differences)]
-        (answer,) = report.answers(asked, pd.DataFrame(table, columns=["arm", "seed", "kl"]))
+        (answer,) = report.answers(toy, pd.DataFrame(table, columns=["arm", "seed", "kl"]))
         assert answer["verdict"] == verdict and answer["seeds"] == 2
         assert (answer["lowest"], answer["highest"]) == pytest.approx((min(differences), max(differences)))
 
 
-def test_the_estimate_follows_the_measured_steps(teacher, tokenizer, blocks, tmp_path):
-    """Twice the steps, twice the time; a run like the measured one takes what it took."""
+def test_the_estimate_is_proportional_to_the_steps(teacher, tokenizer, blocks, tmp_path):
+    """A run like the measured one takes its time; a larger one takes more in proportion."""
     folder = tmp_path / "teacher"
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model, _ = hdlib.load_teacher(folder)
     config = hdlib.DistillConfig(steps=8, batch_size=8, target=0.5, prune_every=2, eval_blocks=8)
-    place = tmp_path / "measured" / "runs" / "students" / "a"  # a study may sort its runs
+    place = tmp_path / "measured" / "runs" / "students" / "a"  # a study may have folders of runs
     distilled = hdlib.distill(model, tokenizer, *blocks, config, place)
     lines = distilled.folder / "metrics.jsonl"
     records = [record | {"seconds": 10.0} for record in distilled.records()]
     lines.write_text("".join(json.dumps(record) + "\n" for record in records))
-    asked = Study.load("one_shot_vs_iterative")
+    chosen = Study.load("one_shot_vs_iterative")
     same = Scale("same", "", 1, {"steps": 8, "batch_size": 8, "length": 16})
-    told = report.estimate(asked, tmp_path / "measured", same)
-    assert "one run would take about 90 seconds" in told
+    text = report.estimate(chosen, tmp_path / "measured", same)
+    assert "one run would take about 90 seconds" in text
     twice = Scale("twice", "", 1, {"steps": 80, "batch_size": 16, "length": 16})
-    assert "one run would take about 30 minutes" in report.estimate(asked, tmp_path / "measured", twice)
+    assert "one run would take about 30 minutes" in report.estimate(chosen, tmp_path / "measured", twice)
     with pytest.raises(ConfigError, match="no finished runs"):
-        report.estimate(asked, tmp_path / "nothing", same)
+        report.estimate(chosen, tmp_path / "nothing", same)

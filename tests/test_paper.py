@@ -1,4 +1,4 @@
-"""The paper's configurations, and what a run would cost."""
+"""The paper's configurations, and the estimated cost of a run."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def bert_base():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_configuration_of_the_paper(name, bert_base):
-    """It is one that the command takes, its student has the published size, and every number says where it is from."""
+    """The command accepts it, its student has the published size, and every number has a source."""
     path = PAPER / f"homobert_{name}.yaml"
     places, config = read(path)
     assert (config.steps, config.batch_size, places["length"]) == (28000, 4096, 128)
@@ -39,20 +39,20 @@ def test_a_configuration_of_the_paper(name, bert_base):
             assert re.search(r"# \[(paper|inferred|default)\]", line), line
 
 
-def test_there_is_one_for_every_student_of_the_paper():
+def test_every_student_of_the_paper_has_a_configuration():
     assert {path.stem for path in PAPER.glob("*.yaml")} == {f"homobert_{name}" for name in PUBLISHED}
 
 
-def test_the_command_says_hours_and_money(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_hours_and_money(tmp_path, monkeypatch, capsys):
     text = "teacher: embedded\nrun_dir: r\nlength: 16\nsteps: 50\nbatch_size: 4\ntarget: 0.5\nprecision: float32\n"
     (tmp_path / "config.yaml").write_text(text)
-    asked = ["cost", str(tmp_path / "config.yaml"), "--processes", "2", "--price", "9", "--teraflops", "1e-6"]
-    monkeypatch.setattr("sys.argv", asked)
+    arguments = ["cost", str(tmp_path / "config.yaml"), "--processes", "2", "--price", "9", "--teraflops", "1e-6"]
+    monkeypatch.setattr("sys.argv", arguments)
     cost.main()
-    said = capsys.readouterr().out
-    assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in total, [\d,]+ tokens a second", said)
+    output = capsys.readouterr().out
+    assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in total, [\d,]+ tokens a second", output)
     hours, money = re.search(
-        r"  ([\d,.e+]+) hours on 2 x a device with 1e-06 TFLOP/s, ([\d,.]+) in total", said
+        r"  ([\d,.e+]+) hours on 2 x a device with 1e-06 TFLOP/s, ([\d,.]+) in total", output
     ).groups()
     assert float(money.replace(",", "")) == pytest.approx(18 * float(hours.replace(",", "")), rel=0.01)
     (tmp_path / "config.yaml").write_text(text.replace("embedded", "no/where/at/all"))

@@ -1,7 +1,7 @@
-"""What a step costs, one table a question: `python -m experiments.bench [QUESTION ...]`.
+"""Measure the cost of a step, one table a question: `python -m experiments.bench [QUESTION ...]`.
 
-Whatever a table compares takes turns in one run, and a ratio is the median over the turns: only ratios mean anything
-on a shared machine. Models are random, in a real shape, since a cost depends on shapes alone.
+The calls that a table compares alternate within one process, and a ratio is the median over the turns, since absolute
+times vary on a shared machine. Models have random weights and real shapes: the cost depends on shapes only.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
-    parser.add_argument("--turns", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--results", type=Path, help="write the tables here too, a JSON file for each question")
+    parser.add_argument("--turns", type=int, default=5, help="measurements of each call")
+    parser.add_argument("--results", type=Path, help="also write each table as JSON to this folder")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.questions if name not in QUESTIONS]:
-        parser.error(f"there is no question {', '.join(unknown)}; there are: {', '.join(QUESTIONS)}")
+        parser.error(f"unknown question {', '.join(unknown)}: use {', '.join(QUESTIONS)}")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     sizes = (arguments.shape, arguments.batch_size, arguments.length, arguments.precision)
     setting = Setting(*sizes, device, arguments.turns)

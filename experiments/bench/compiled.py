@@ -1,4 +1,4 @@
-"""What torch.compile would bring a step of the student, and what it costs anew with every shape of a run."""
+"""Gain of torch.compile for a step of the student, and the cost of compiling each shape of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RUN = hdlib.DistillConfig(steps=1000, target=0.29)
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each kept fraction: masked words learned, forward and back, the layers compiled or not, in turns.
+    """A row for each kept fraction: forward and backward of the masked-language-model loss, layers compiled or not.
 
-    `first` is the seconds of the first call, which compiles; `steps until it pays` is on one shape, and `shapes` is
-    how many a run of 1,000 steps to 0.29 has. This favours compiling: nothing is recorded for the loss.
+    `first` is the time of the first call, which compiles, in seconds. `steps until it pays` is for one shape; `shapes`
+    counts the shapes of a run of 1,000 steps to 0.29. This favours compiling: queries and keys are not recorded.
     """
     return pd.DataFrame({ratio: _at(setting, ratio) for ratio in RATIOS}).T.rename_axis("kept")
 
@@ -29,7 +29,7 @@ def _at(setting: Setting, ratio: float) -> dict[str, float]:
     work = Work(setting, ratio)
     layers = base_model(work.student)
     compiled = torch.compile(layers)
-    with torch._inductor.config.patch(force_disable_caches=True):  # what an earlier call compiled does not count
+    with torch._inductor.config.patch(force_disable_caches=True):  # compile again at every call
         first = timed(lambda: _step(work, compiled), setting.device)
     calls = {"eager": lambda: _step(work, layers), "compiled": lambda: _step(work, compiled)}
     seconds = in_turns(calls, setting.turns, setting.device)
@@ -57,6 +57,6 @@ def _step(work: Work, layers) -> None:
 
 
 def _shapes(work: Work) -> int:
-    """How many widths a run goes through, the last one included and the first one not."""
+    """The number of different widths of a run, without the first."""
     target = hdlib.Widths.at(work.teacher, RUN.target)
     return len({RUN.widths_at(step, work.teacher, target) for step in range(1, RUN.steps + 1)}) - 1

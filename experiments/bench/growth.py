@@ -1,7 +1,7 @@
-"""How the cost grows: a step's time with its tokens, memory with the text and along a run.
+"""Growth of the cost: time of a step by its tokens, memory by the size of the text and by the steps of a run.
 
-Memory is what a process holds of its own (anonymous memory, as Linux counts it). Pages of a file that `datasets` maps
-are not in it: the system takes them back whenever it needs them.
+Memory is the anonymous memory of a process, as Linux counts it. It excludes the pages of memory-mapped files, which
+the system can reclaim.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .work import Setting, Work
 BATCHES = (1, 2, 4, 8, 16)  # sequences a step
 LENGTHS = (32, 64, 128, 256, 512)  # tokens a sequence
 MEGABYTES = (1, 10, 100, 1000, 2000)  # of text
-READ = 200  # batches read of each text
+READ = 200  # batches read from each text
 ALONG, PRECISIONS = "along a run", ("float32", "bfloat16")
-STEPS = 600  # of the run whose memory is followed, the first half of them with prunes
+STEPS = 600  # of the run whose memory is measured; the first half prune
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """Long form: a row for each `x` of each `question`, with `y` and, of times, `lowest` and `highest`."""
+    """Long form: a row for each `question` and `x`, with `y` and, for times, `lowest` and `highest`."""
     parts = [_seconds(setting), _corpora(setting), _run()]
     return pd.concat(parts, ignore_index=True).set_index(["question", "x"])
 
 
 def _seconds(setting: Setting) -> pd.DataFrame:
-    """Of one step, by its tokens: more sequences of the setting's length, and longer ones of one batch."""
+    """Seconds of a step by its tokens: more sequences of the setting's length, and longer sequences."""
     sizes = {f"sequences of {setting.length}": [(batch, setting.length) for batch in BATCHES]}
     sizes[f"{setting.batch_size} longer sequences"] = [(setting.batch_size, length) for length in LENGTHS]
     work = Work(setting)
@@ -69,7 +69,7 @@ def _seconds(setting: Setting) -> pd.DataFrame:
 
 
 def _corpora(setting: Setting) -> pd.DataFrame:
-    """Megabytes of a process that makes blocks of a text and reads batches of them, by the text's size."""
+    """Megabytes of a process that makes blocks of a text and reads batches, by the size of the text."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for megabytes in MEGABYTES:
@@ -83,7 +83,7 @@ def _corpora(setting: Setting) -> pd.DataFrame:
 
 
 def _written(path: Path, megabytes: int) -> Path:
-    """The embedded documentation over and over, every paragraph with a number of its own."""
+    """The embedded documentation, repeated; each paragraph has a different number."""
     paragraphs = list(load_dataset("parquet", data_files=f"{gather()}/train.parquet", split="train")["text"])
     size = number = 0
     with path.open("w") as file:
@@ -94,7 +94,7 @@ def _written(path: Path, megabytes: int) -> Path:
 
 
 def _read(text: Path, cache: Path, setting: Setting) -> dict[str, float]:
-    """Runs in a process of its own."""
+    """Peak megabytes while making blocks and while reading batches; runs in a fresh process."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = cache
@@ -109,7 +109,7 @@ def _read(text: Path, cache: Path, setting: Setting) -> dict[str, float]:
 
 
 def _run() -> pd.DataFrame:
-    """Megabytes along a run on a small model, where whatever a step leaves behind is soon seen; in fresh processes."""
+    """Megabytes by step of a run on a small model, where a leak is visible early; in fresh processes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
         runs = {precision: fresh.submit(_followed, STEPS, precision).result() for precision in PRECISIONS}
     parts = [pd.DataFrame({"question": f"{ALONG}, {name}", "x": range(len(y)), "y": y}) for name, y in runs.items()]
@@ -131,7 +131,7 @@ def _followed(steps: int, precision: str) -> list[float]:
 
 @contextmanager
 def _highest_memory():
-    """A list whose one entry is the most megabytes that this process held meanwhile."""
+    """A list with one entry: the peak memory of this process within the block, in megabytes."""
     highest, done = [_own()], threading.Event()
 
     def watch() -> None:
@@ -154,7 +154,7 @@ def _own() -> float:
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Three panels: seconds of a step by tokens, with the line through the smallest; memory by text; along a run."""
+    """Three panels: seconds of a step by tokens, with a linear fit; memory by text; memory by step of a run."""
     figure, (times, texts, run) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     colours = list(COLOURS.values())
     questions = {question: part.droplevel(0) for question, part in table.groupby(level=0, sort=False)}
@@ -167,13 +167,13 @@ def plot(table: pd.DataFrame) -> Figure:
     tokens = np.array(sorted({x for part in questions.values() for x in part.index}))
     slope, start = _line(questions)
     times.plot(tokens, start + slope * tokens, color=COLOURS["grey"], label=f"{1000 * slope:.2f} ms a token")
-    times.set(xlabel="tokens a step", ylabel="seconds a step", title="time grows with the tokens")
+    times.set(xlabel="tokens a step", ylabel="seconds a step", title="time of a step")
     for number, (name, held) in enumerate(memory.items()):
         texts.plot(held.index, held, color=colours[number], marker=MARKERS[number], label=name)
-    texts.set(xscale="log", xlabel="megabytes of text", ylabel="megabytes held at most", title="memory, by corpus")
+    texts.set(xscale="log", xlabel="megabytes of text", ylabel="peak memory, MB", title="memory, by corpus")
     for number, (name, held) in enumerate(along.items()):
         run.plot(held.index, held, color=colours[number], linestyle=STYLES[number], label=name)
-    run.set(xlabel="step", ylabel="megabytes held", title="memory, along a run")
+    run.set(xlabel="step", ylabel="memory, MB", title="memory, along a run")
     for axes in (texts, run):
         axes.set_ylim(bottom=0)
     for axes in (times, texts, run):
@@ -182,6 +182,6 @@ def plot(table: pd.DataFrame) -> Figure:
 
 
 def _line(questions: dict[str, pd.DataFrame]) -> tuple[float, float]:
-    """Slope and start of the straight line through the sequences of one length, whose attention does not grow."""
+    """Slope and intercept of the linear fit over sequences of one length, where attention has a constant cost."""
     part = next(iter(questions.values()))
     return tuple(np.polyfit(part.index, part["y"], 1))

@@ -1,4 +1,4 @@
-"""What a step holds at most, beyond the weights, against the way most distillation code is written."""
+"""Peak memory of a step beyond the weights, compared with the usual way of writing distillation code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .work import Setting, Work
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """Megabytes of one step while the student is as wide as its teacher, and the naive step's share."""
+    """Megabytes of one step with a student as wide as its teacher, also as a fraction of the naive step."""
     work = Work(setting)
     loss = work.loss()
-    work.floor()  # what is made once and for all is made
+    work.floor()  # one-time allocations
     held = {}
     with work.recording():
         held["step"] = _peak(work, lambda: work.backward(loss))
@@ -28,6 +28,6 @@ def measure(setting: Setting) -> pd.DataFrame:
 
 
 def _peak(work: Work, call: Callable[[], object]) -> int:
-    """With no gradients at the start, as after an optimiser's step: freeing some must not make room for the rest."""
+    """Peak memory of a call that starts without gradients, as after an optimiser step."""
     work.student.zero_grad()
     return peak_memory(call, work.setting.device)

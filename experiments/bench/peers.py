@@ -1,8 +1,7 @@
-"""The step of four distillation losses against TextBrewer's: the same models, the same batch, the same losses.
+"""A step with four distillation losses, compared with TextBrewer: the same models, batch and losses.
 
-TextBrewer (`pip install -e ".[bench]"`) is asked for the divergence at the masked words, hidden states and embeddings
-through a linear map, and attention; ours are the same. It compares what attention modules return,
-which are probabilities.
+The losses are the divergence at the masked tokens, hidden states and embeddings through a linear map, and attention
+probabilities, which is what TextBrewer compares (`pip install -e ".[bench]"`).
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ TERMS = {"prediction": 1.0, "hidden": 1.0, "attention": 1.0, "embedding": 1.0}
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each kept fraction: seconds of a forward and backward of both, and ours as a share of TextBrewer's."""
+    """A row for each kept fraction and library: seconds of forward and backward, and the ratio to TextBrewer."""
     if not find_spec("textbrewer"):
-        raise SystemExit('TextBrewer is not installed: pip install -e ".[bench]"')
-    return pd.concat({ratio: _at(setting, ratio) for ratio in RATIOS}, names=["kept", "whose"])
+        raise SystemExit('TextBrewer is not installed. Run pip install -e ".[bench]"')
+    return pd.concat({ratio: _at(setting, ratio) for ratio in RATIOS}, names=["kept", "library"])
 
 
 def _at(setting: Setting, ratio: float) -> pd.DataFrame:
-    ours, theirs = Work(setting, ratio), Work(setting, ratio)
-    theirs.eager()
-    config, width = ours.teacher.config, ours.student.config.hidden_size
+    work, peer = Work(setting, ratio), Work(setting, ratio)
+    peer.eager()
+    config, width = work.teacher.config, work.student.config.hidden_size
     sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
     loss = DistillationLoss(*sizes, student_hidden_size=width, mlm=0.0, attention_target="probs", **TERMS)
     loss = loss.to(setting.device)
-    distiller = _distiller(theirs)
+    distiller = _distiller(peer)
 
-    def our_step() -> None:
-        with ours.recording():
-            ours.backward(loss)
+    def step() -> None:
+        with work.recording():
+            work.backward(loss)
 
-    def their_step() -> None:
-        theirs.student.zero_grad()
+    def peer_step() -> None:
+        peer.student.zero_grad()
         with setting.autocast():
-            batch = {"input_ids": theirs.input_ids, "labels": theirs.labels}
+            batch = {"input_ids": peer.input_ids, "labels": peer.labels}
             total, _ = distiller.train_on_batch(batch, {})
         total.backward()
 
-    return against(in_turns({"TextBrewer": their_step, "hdlib": our_step}, setting.turns, setting.device), "TextBrewer")
+    return against(in_turns({"TextBrewer": peer_step, "hdlib": step}, setting.turns, setting.device), "TextBrewer")
 
 
 def _distiller(work: Work):
@@ -82,11 +81,11 @@ def _distiller(work: Work):
         }
 
     training = TrainingConfig(device=work.setting.device, log_dir=None, output_dir=".")
-    return GeneralDistiller(training, config, _Asked(work.teacher), _Asked(work.student), adaptor, adaptor)
+    return GeneralDistiller(training, config, _Recorded(work.teacher), _Recorded(work.student), adaptor, adaptor)
 
 
-class _Asked(torch.nn.Module):
-    """A model that is asked for hidden states and attention without being told each time."""
+class _Recorded(torch.nn.Module):
+    """A model that always returns hidden states and attention."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,8 +1,8 @@
-"""What one prune costs, against one forward and backward of the same model, and against Torch-Pruning.
+"""Cost of one prune, compared with one forward and backward of the same model, and with Torch-Pruning.
 
-One prune is everything from scores to a narrowed model and optimiser (AdamW with moments): a 64th of the feed-forward
-neurons and a dimension of every head. Torch-Pruning (`pip install -e ".[bench]"`, left out if it is not there) is asked
-to remove as much from the same model by its first-order importance; it knows nothing of the optimiser.
+One prune covers everything from scores to a narrowed model and optimiser (AdamW with moments). It removes a 64th of the
+feed-forward neurons and one dimension of every head. Torch-Pruning removes as much from the same model by its
+first-order importance, without an optimiser (`pip install -e ".[bench]"`; left out if it is not installed).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .work import Setting
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each part, as a share of a forward and backward; every turn prunes the model further."""
+    """A row for each part, relative to a forward and backward; every turn prunes the model further."""
     model = setting.teacher().requires_grad_(True)
     input_ids = torch.randint(1000, 30000, (setting.batch_size, setting.length), device=setting.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     scorer = hdlib.scorer("sensitivity")
-    forward_backward(model, input_ids, setting)  # warm up, and give the optimiser its moments
+    forward_backward(model, input_ids, setting)  # warm-up; the optimiser needs moments
     optimizer.step()
     rows = []
     for _ in range(setting.turns):

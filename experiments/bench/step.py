@@ -1,4 +1,4 @@
-"""Where the time of one step goes, above a floor: the teacher's forward, and masked words learned by the student."""
+"""Time of a step by its parts, relative to a floor: the teacher's forward and the student's masked-LM step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from .turns import against, in_turns
 from .work import Setting, Work
 
-RATIOS = (1.0, 0.5, 0.29)  # of the widths: before the first prune, on the way, in the end
+RATIOS = (1.0, 0.5, 0.29)  # of the widths: before the first prune, half-way, at the end
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each kept fraction and part of the step, as `against` gives it; `step` is what the loop does."""
+    """A row for each kept fraction and part of the step, as returned by `against`; `step` is the whole step."""
     return pd.concat({ratio: _at(setting, ratio) for ratio in RATIOS}, names=["kept", "what"])
 
 
@@ -31,13 +31,13 @@ def _at(setting: Setting, ratio: float) -> pd.DataFrame:
         torch.nn.utils.clip_grad_norm_(work.student.parameters(), 1.0)
         work.optimizer.step()
 
-    calls = {f"masked words and {term}": lambda loss=loss: work.backward(loss) for term, loss in losses.items()}
+    calls = {f"mlm and {term}": lambda loss=loss: work.backward(loss) for term, loss in losses.items()}
     calls |= {"five terms": lambda: work.backward(whole), "step": step, "clipping and Adam alone": optimiser}
     calls = {name: partial(_recording, work, call) for name, call in calls.items()}
     return against(in_turns({"floor": work.floor} | calls, setting.turns, setting.device), "floor")
 
 
 def _recording(work: Work, call) -> None:
-    """Both models hand back queries and keys meanwhile, as in the loop; the floor attends by plain SDPA."""
+    """Call with queries and keys recorded, as in the loop; the floor uses plain SDPA."""
     with work.recording():
         call()

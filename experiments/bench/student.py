@@ -1,4 +1,4 @@
-"""How much faster narrowed students are than their teacher, against what their operations promise."""
+"""Speed-up of narrowed students over their teacher, compared with the ratio of their operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .turns import in_turns
 from .work import Setting, Work
 
 RATIOS = (0.66, 0.5, 0.33, 0.29)
-SHAPES = {  # of a kept fraction: every head narrower, the same in what suits the processor, or fewer heads as they are
+SHAPES = {  # of a kept fraction: narrower heads, the same rounded to multiples of 16, or fewer heads of full width
     "nearest": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio),
     "multiples of 16": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio, 16),
     "whole heads": lambda teacher, ratio: _whole_heads(hdlib.Widths.of(teacher), ratio),
@@ -25,7 +25,7 @@ SHAPES = {  # of a kept fraction: every head narrower, the same in what suits th
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """A row for each kept fraction and shape: forwards of the layers, in turns; batch and length are the setting's."""
+    """A row for each kept fraction and shape: time of a forward of the layers, and its operations."""
     teacher = setting.teacher()
     models = {(1.0, "teacher"): teacher.base_model}
     for ratio in RATIOS:

@@ -1,4 +1,4 @@
-"""Measuring in turns, so that whatever else a machine does falls on everything that is compared."""
+"""Time calls in alternation, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], turns: int, device: torch.device) -> pd.DataFrame:
-    """Seconds of every call, a row a turn and a column a call; a first turn warms up and is not reported."""
+    """Seconds of every call, a row a turn and a column a call; a first turn is warm-up and not reported."""
     rows = []
     for _ in range(turns + 1):
         rows.append({name: timed(call, device) for name, call in calls.items()})
@@ -18,7 +18,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], turns: int, device: torc
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; on a GPU until it has done what it was asked."""
+    """Seconds of one call; on a GPU until its kernels have finished."""
     started = perf_counter()
     call()
     if device.type == "cuda":
@@ -27,7 +27,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def against(seconds: pd.DataFrame, base: str) -> pd.DataFrame:
-    """A row for each call: its median seconds, and over the turns its ratio to `base`: median, least and largest."""
+    """A row for each call: its median seconds, and its ratio to `base`: median, lowest and highest over the turns."""
     ratios = seconds.div(seconds[base], axis=0)
     return pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""A whole run that narrows against the dense baseline under masks, the same but for that, step by step in turns."""
+"""A whole run that narrows, compared with the same run under masks (dense baseline); their steps alternate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hdlib.lab.cost import placeholder_tokenizer
 
 from .work import Setting
 
-STEPS = 100  # of which every tenth prunes, as in any run by default
+STEPS = 100  # every tenth prunes, the default
 TARGET = 0.29
 
 
 def measure(setting: Setting) -> pd.DataFrame:
-    """Seconds of both runs, their ratio, and the ratio that their counted operations allow."""
+    """Seconds and operations of both runs, and the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         runs = _in_turns({name: _distilled(setting, masked, Path(folder) / name) for name, masked in ARMS.items()})
         steps = {name: run.metrics.loc[1:] for name, run in runs.items()}
@@ -60,7 +60,7 @@ def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callab
 
 
 def _in_turns(distilled: dict[str, Callable]) -> dict[str, hdlib.Run]:
-    """Run all of them at once, each in a thread of its own, of which one at a time does a step."""
+    """Run all of them, each in its own thread; one thread at a time executes a step."""
     turns = {name: Semaphore(number == 0) for number, name in enumerate(distilled)}
     following = dict(zip(turns, [*list(turns)[1:], next(iter(turns))], strict=True))
 
@@ -80,7 +80,7 @@ def _in_turns(distilled: dict[str, Callable]) -> dict[str, hdlib.Run]:
 
 
 def _operations(setting: Setting, steps: pd.DataFrame, masked: bool) -> float:
-    """Floating-point operations of all forwards and backwards, a backward twice its forward; losses left out."""
+    """Floating-point operations of all forward and backward passes (backward: 2 x forward), without the losses."""
     wide = setting.teacher()
     teacher = _forward(wide.config, setting)
     total = 0.0
@@ -93,6 +93,6 @@ def _operations(setting: Setting, steps: pd.DataFrame, masked: bool) -> float:
 
 
 def _forward(config: BertConfig, setting: Setting) -> float:
-    """One batch through the layers, and through the head at 15 % of its positions."""
+    """Operations of one batch through the layers, and through the head at 15 % of the positions."""
     head = 2 * config.hidden_size * (config.hidden_size + config.vocab_size)
     return setting.batch_size * (cost.flops(config, setting.length) + 0.15 * setting.length * head)

@@ -1,4 +1,4 @@
-"""What the tables measure: one step of distillation, on random models of a real shape."""
+"""The step of distillation that the tables measure, on random models of a real shape."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hdlib.precision import autocast, cast_once, casting_again
 SHAPES = {
     "base": {},  # BERT-base: 12 layers of 768 / 3072, 12 heads
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536},
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96},  # shows that everything runs
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96},  # for tests
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Which shape, how many tokens a step, and on what."""
+    """Model shape, tokens a step, precision and device of a measurement."""
 
     shape: str = "base"
     batch_size: int = 8
@@ -61,13 +61,13 @@ class Work:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
 
     def read(self, batch_size: int, length: int) -> None:
-        """Another batch: random words, 15 % of which are to be predicted."""
+        """Draw another batch of random tokens, with 15 % to predict."""
         device = self.setting.device
         self.input_ids = torch.randint(1000, 30000, (batch_size, length), device=device)
         self.labels = torch.where(torch.rand(self.input_ids.shape, device=device) < 0.15, self.input_ids, IGNORED)
 
     def loss(self, *terms: str) -> DistillationLoss:
-        """The distillation loss of these terms only; all five if none is named."""
+        """The distillation loss with these terms only; without names, all five."""
         config = self.teacher.config
         weights = {term: float(term in (terms or TERMS)) for term in TERMS}
         sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
@@ -75,20 +75,20 @@ class Work:
         return loss.to(self.setting.device)
 
     def backward(self, loss: DistillationLoss) -> LossTerms:
-        """What the loop does: both forwards, the loss, the backward. Both models are to be `recording`."""
+        """Both forward passes, the loss and the backward pass, as in the loop; call within `recording`."""
         self.student.zero_grad()
         loss.zero_grad()
         positions = loss.loss_positions(self.labels)
         with self.setting.autocast():
             with torch.no_grad():
-                theirs = forward(self.teacher, self.input_ids, positions)
-            terms = loss(forward(self.student, self.input_ids, positions), theirs, self.labels)
-        del theirs
+                teacher_outputs = forward(self.teacher, self.input_ids, positions)
+            terms = loss(forward(self.student, self.input_ids, positions), teacher_outputs, self.labels)
+        del teacher_outputs
         terms.total.backward()
         return terms
 
     def floor(self) -> None:
-        """The least that a step can be: the teacher's forward, and masked words learned by the student."""
+        """The least work of a step: the teacher's forward, and the student's masked-language-model step."""
         self.student.zero_grad()
         positions = self.labels != IGNORED
         with self.setting.autocast():
@@ -102,29 +102,26 @@ class Work:
         return head(model, base_model(model)(self.input_ids).last_hidden_state[positions])
 
     def naive(self) -> None:
-        """The same five terms as most distillation code writes them: eager attention, logits of all words."""
+        """The same five terms written in the usual way: eager attention, logits at all positions."""
         self.student.zero_grad()
-        asked = {"output_hidden_states": True, "output_attentions": True}
+        recorded = {"output_hidden_states": True, "output_attentions": True}
         with self.setting.autocast():
             with torch.no_grad():
-                theirs = self.teacher(self.input_ids, **asked)
-            ours = self.student(self.input_ids, labels=self.labels, **asked)
-            prediction = F.kl_div(
-                F.log_softmax(ours.logits, -1), F.log_softmax(theirs.logits, -1), reduction="batchmean", log_target=True
-            )
-            states = [
-                F.mse_loss(states @ projection, target)
-                for states, projection, target in zip(
-                    ours.hidden_states, self.projections, theirs.hidden_states, strict=True
-                )
-            ]
-            attention = [F.mse_loss(one, other) for one, other in zip(ours.attentions, theirs.attentions, strict=True)]
-            total = ours.loss + prediction + sum(states) + sum(attention)
+                teacher_outputs = self.teacher(self.input_ids, **recorded)
+            student_outputs = self.student(self.input_ids, labels=self.labels, **recorded)
+            both = (student_outputs, teacher_outputs)
+            log_probs = [F.log_softmax(outputs.logits, -1) for outputs in both]
+            prediction = F.kl_div(*log_probs, reduction="batchmean", log_target=True)
+            states, targets = (outputs.hidden_states for outputs in both)
+            projected = [state @ projection for state, projection in zip(states, self.projections, strict=True)]
+            hidden = map(F.mse_loss, projected, targets)
+            attention = map(F.mse_loss, *(outputs.attentions for outputs in both))
+            total = student_outputs.loss + prediction + sum(hidden) + sum(attention)
         total.backward()
 
     @contextmanager
     def recording(self):
-        """The two models as the loop has them."""
+        """Record queries and keys of both models, as in the loop."""
         with recording(self.teacher, self.student), casting_again(self.student):
             yield
 

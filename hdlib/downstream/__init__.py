@@ -1,14 +1,13 @@
-"""Does a student serve? Fine-tuning stock checkpoints on tasks, and what it takes to judge the numbers.
+"""Fine-tune stock checkpoints on downstream tasks, and score them.
 
-Nothing in here knows of distillation: a student, its teacher and anyone's checkpoint are folders that stock classes
-open. Hugging Face's `Trainer` trains, scikit-learn and SciPy measure.
+Nothing here depends on distillation: a checkpoint is a folder that stock classes open. Hugging Face's `Trainer` trains;
+scikit-learn and SciPy measure.
 """
 
 from .finetune import FineTuneConfig, finetune
-from .probes import PROBES, load_probe
 from .score import baselines, score, summary
 from .squad import SQUAD, SquadConfig, exact_match, finetune_squad, load_squad, squad_f1
-from .tasks import GLUE, Task, load_task
+from .tasks import GLUE, PROBES, Task, load_probe, load_task
 
 __all__ = [
     "GLUE",

@@ -1,16 +1,20 @@
-"""Fine-tune a stock checkpoint on a task with Hugging Face's `Trainer`."""
+"""Fine-tune a stock checkpoint on a task with Hugging Face's `Trainer`, and measure it as GLUE does."""
 
 from __future__ import annotations
 
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from scipy import stats
+from sklearn import metrics
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -25,81 +29,77 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .metrics import measure
 from .tasks import Task
 
-PRECISIONS = ("float32", "bfloat16")
-HEAD_PARTS = ("pooler", "sequence_summary")  # of the backbone, but no part of language modelling
+HEAD_PARTS = ("pooler", "sequence_summary")  # submodules of the backbone that language modelling does not train
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """How a checkpoint is fine-tuned. Raises ValueError, naming the field, for what cannot be."""
+    """Hyper-parameters of fine-tuning. Raises ValueError that names the field for a value out of range."""
 
     learning_rate: float = 1e-4  # peak, AdamW
-    epochs: float | None = None  # passes over the training part; None: the task's
+    epochs: float | None = None  # passes over the training part; None: the task's number
     batch_size: int = 32  # rows a step
-    length: int = 128  # tokens a row at most; longer ones are cut
-    warmup: float = 0.06  # fraction of the steps in which the learning rate rises; it falls linearly after
+    length: int = 128  # tokens a row at most; longer rows are truncated
+    warmup: float = 0.06  # fraction of the steps in which the learning rate rises; it falls linearly afterwards
     weight_decay: float = 0.01
-    train_rows: int | None = None  # so many rows of the training part, drawn once for all seeds; None: all
-    precision: str = "float32"  # of matrix products: float32 or bfloat16; weights are float32 always
+    train_rows: int | None = None  # rows sampled from the training part, the same for all seeds; None: all
+    precision: str = "float32"  # of matrix products: float32 or bfloat16; weights are always float32
     seed: int = 0  # of the new head, dropout and the order of rows
 
     def __post_init__(self):
-        for name in ("learning_rate", "batch_size", "length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in ("epochs", "train_rows"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, or None; got {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        for name, value in vars(self).items():
+            if name not in ("warmup", "weight_decay", "precision", "seed") and value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0; got {value}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16; got {self.precision!r}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a fraction of the steps, from 0 to below 1; got {self.warmup}")
+            raise ValueError(f"warmup must be a fraction of the steps, from 0 to below 1; got {self.warmup}")
 
 
 def finetune(
     checkpoint: str | Path, task: Task, data: DatasetDict, config: FineTuneConfig, save_to: str | Path | None = None
 ) -> dict[str, float]:
-    """Fine-tune one checkpoint once, and measure it after the last epoch (no epoch is picked by its score).
+    """Fine-tune a checkpoint once and measure it after the last epoch (no selection among epochs).
 
     Args:
-        checkpoint: a folder that `save_pretrained` left, with its tokenizer, or a hub name.
-        task, data: as `load_task` reads them.
-        config: the arguments.
-        save_to: where the fine-tuned model goes, as another stock checkpoint; None: nowhere.
+        checkpoint: a folder written by `save_pretrained`, tokenizer included, or a hub name.
+        task, data: as for `load_task`.
+        config: the hyper-parameters.
+        save_to: folder for the fine-tuned model, a stock checkpoint; None: not saved.
 
     Returns:
-        The task's measures on the held-out part, with `seconds` of training.
+        The task's measures on the held-out part, and `seconds` of training.
 
     Raises:
-        ValueError: the checkpoint lacks weights other than the new head's, which would be random, or cannot be opened.
-        ArithmeticError: training came apart: there are weights or logits that are not finite.
+        ValueError: the checkpoint cannot be opened, or lacks weights outside the new head (they would be random).
+        ArithmeticError: training diverged: weights or logits are not finite.
     """
-    set_seed(config.seed)  # before the head is made
-    model, tokenizer = _open(checkpoint, task, data)
-    rows = drawn(data["train"], config.train_rows)
+    set_seed(config.seed)  # before the head is created
+    head = {"num_labels": 1}
+    if not task.regression:
+        names = data["train"].features["label"].names
+        head = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model, tokenizer = open_with_head(AutoModelForSequenceClassification, checkpoint, **head)
     length = min(config.length, tokenizer.model_max_length)
-    train, held_out = (_tokenised(part, tokenizer, length) for part in (rows, data["validation"]))
+    parts = (sample(data["train"], config.train_rows), data["validation"])
+    train, held_out = (_tokenised(rows, tokenizer, length) for rows in parts)
     collator, epochs = DataCollatorWithPadding(tokenizer), config.epochs or task.epochs
-    # Rows of like lengths share a batch, so that little of it is padding.
+    # Batches of rows of similar length need little padding.
     trainer, seconds = train_with(model, train, config, epochs, collator, train_sampling_strategy="group_by_length")
-    logits, labels, _ = trainer.predict(held_out)  # (N, classes) or (N, 1), and (N,): by length, not in the rows' order
-    predictions = logits[:, 0] if task.regression else logits.argmax(-1)
+    logits, labels, _ = trainer.predict(held_out)  # (N, classes) or (N, 1), and (N,): sorted by length
     if not np.isfinite(logits).all():
-        raise ArithmeticError(
-            f"fine-tuning {checkpoint} on {task.name} came apart: its logits are not finite. "
-            f"Lower learning_rate (now {config.learning_rate:g})"
-        )
+        raise _diverged(f"{checkpoint} on {task.name}", "logits", config)
     if save_to is not None:
         trainer.save_model(str(save_to))
         tokenizer.save_pretrained(str(save_to))
+    predictions = logits[:, 0] if task.regression else logits.argmax(-1)
     return measure(task.measures, labels, predictions) | {"seconds": seconds}
 
 
 def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **more) -> tuple[Trainer, float]:
-    """A trained `Trainer` and the seconds that training took; nothing is left on disk. Errors as in `finetune`."""
+    """Train a model; return its `Trainer` and the seconds of training. Leaves no files. Errors as in `finetune`."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -107,11 +107,11 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
             learning_rate=config.learning_rate,
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=128,
-            warmup_steps=config.warmup,  # below 1 it is a fraction
+            warmup_steps=config.warmup,  # a value below 1 is a fraction
             weight_decay=config.weight_decay,
             seed=config.seed,
             bf16=config.precision == "bfloat16",
-            use_cpu=not torch.accelerator.is_available(),  # where there is none, bf16 wants to be told
+            use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU requires it
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -120,46 +120,38 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
             **more,
         )
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
-        trainer.remove_callback(PrinterCallback)  # the numbers that matter are returned
+        trainer.remove_callback(PrinterCallback)  # the measures are returned
         started = perf_counter()
         trainer.train()
         seconds = perf_counter() - started
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ArithmeticError(
-            f"fine-tuning {model.name_or_path} came apart: its weights are not finite. "
-            f"Lower learning_rate (now {config.learning_rate:g})"
-        )
+        raise _diverged(model.name_or_path, "weights", config)
     return trainer, seconds
 
 
-def _open(checkpoint: str | Path, task: Task, data: DatasetDict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    labels = {"num_labels": 1, "problem_type": "regression"}
-    if not task.regression:
-        names = data["train"].features["label"].names
-        labels = {"num_labels": len(names), "problem_type": "single_label_classification"}
-        labels["id2label"] = dict(enumerate(names))
-        labels["label2id"] = {name: index for index, name in enumerate(names)}
-    return open_with_head(AutoModelForSequenceClassification, checkpoint, **labels)
+def _diverged(what: str, values: str, config: FineTuneConfig) -> ArithmeticError:
+    return ArithmeticError(
+        f"fine-tuning {what} diverged: {values} are not finite. Lower learning_rate (now {config.learning_rate:g})"
+    )
 
 
 def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint with a new head for a task, and its tokenizer; stock classes, float32 weights.
+    """Open a checkpoint with the new head of `kind`, an auto class, and its tokenizer; float32 weights.
 
-    Args:
-        kind: the auto class that adds the head.
-        checkpoint: a local folder or a hub name.
-        changes: of its config.
-
-    Raises:
-        ValueError: it cannot be opened, or lacks weights beside those of the head.
+    `changes` replaces fields of its config. Raises ValueError if it cannot be opened or lacks weights outside the head.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **changes)
-        if config.pad_token_id is None:  # causal models come without; the head looks for the last real token
+        if config.pad_token_id is None:  # causal models: the head reads the last token that is not padding
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             config.pad_token_id = tokenizer.pad_token_id
-        with _quiet():
+        with ExitStack() as stack:  # no progress bar, and no report on new weights, which are checked below
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            if logging.is_progress_bar_enabled():
+                stack.callback(logging.enable_progress_bar)
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
             model, report = kind.from_pretrained(
                 checkpoint,
                 config=config,
@@ -171,31 +163,17 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {error}") from error
     backbone = f"{model.base_model_prefix}."
-    random = [
+    missing = [
         key
         for key in sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
         if key.startswith(backbone) and key.removeprefix(backbone).split(".")[0] not in HEAD_PARTS
     ]
-    if random:
+    if missing:
         raise ValueError(
-            f"{checkpoint} lacks weights that would be random: {', '.join(random[:5])}{' ...' if random[5:] else ''}. "
-            "Only the head of the task is new in fine-tuning"
+            f"{checkpoint} lacks weights outside the head, which would be random: "
+            f"{', '.join(missing[:5])}{' ...' if missing[5:] else ''}. Save the whole model with save_pretrained"
         )
     return model, tokenizer
-
-
-@contextmanager
-def _quiet():
-    """Without a bar, and without the report on weights that are new: which of them may be is checked here."""
-    before, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
@@ -203,6 +181,35 @@ def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -
     return Dataset.from_dict(tokenizer(*texts, truncation=True, max_length=length) | {"labels": list(rows["label"])})
 
 
-def drawn(rows: Dataset, count: int | None) -> Dataset:
-    """So many rows, always the same; all of them if there are no more, or for None."""
+def sample(rows: Dataset, count: int | None) -> Dataset:
+    """Sample `count` rows, the same at every call; all rows if there are no more, or for None."""
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+# ------------------------------------------------------------------------------------------------------ measures
+
+
+def _correlation(function, labels, predictions) -> float:
+    """0 where a column is constant and the correlation is undefined."""
+    constant = np.ptp(labels) == 0 or np.ptp(predictions) == 0
+    return 0.0 if constant else function(labels, predictions).statistic
+
+
+MEASURES = {
+    "accuracy": metrics.accuracy_score,
+    "f1": partial(metrics.f1_score, zero_division=0),  # of class 1
+    "macro_f1": partial(metrics.f1_score, average="macro", zero_division=0),
+    "matthews": metrics.matthews_corrcoef,
+    "pearson": partial(_correlation, stats.pearsonr),
+    "spearman": partial(_correlation, stats.spearmanr),
+}
+
+
+def measure(names: Iterable[str], labels, predictions) -> dict[str, float]:
+    """Compute measures of predictions, (N,) classes or numbers; each is at most 1, the value for a perfect match.
+
+    Raises ValueError for a name that is not in MEASURES, and for no rows.
+    """
+    if unknown := [name for name in names if name not in MEASURES]:
+        raise ValueError(f"unknown measure {', '.join(unknown)}: use one of {', '.join(MEASURES)}")
+    return {name: float(MEASURES[name](labels, predictions)) for name in names}

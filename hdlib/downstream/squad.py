@@ -1,4 +1,4 @@
-"""SQuAD 1.1 and 2.0: answers as spans of a passage, or none, scored by the published rules."""
+"""SQuAD 1.1 and 2.0: answers are spans of a passage, or none; scored by the published rules."""
 
 from __future__ import annotations
 
@@ -14,122 +14,101 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForQuestionAnswering, DefaultDataCollator, set_seed
 
-from .finetune import FineTuneConfig, drawn, open_with_head, train_with
+from .finetune import FineTuneConfig, open_with_head, sample, train_with
 from .tasks import Task, load_parts
 
 SQUAD = {
-    name: Task(name=name, texts=("question", "context"), label="answers", measures=("f1", "exact"), epochs=3)
+    name: Task(name=name, texts=("question", "context"), label="answers", measures=("f1", "exact"))
     for name in ("squad", "squad_v2")
 }
-COLUMNS = ("id", "context", "question", "answers")
-BEST = 20  # starts and ends that are combined into spans
+BEST = 20  # start and end candidates of each window that are combined into spans
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquadConfig(FineTuneConfig):
-    """How a checkpoint is fine-tuned on SQuAD: as on any task, in windows, of which `batch_size` make a step."""
+    """Hyper-parameters of fine-tuning on SQuAD; `batch_size` counts windows."""
 
-    length: int = 384  # tokens of question and passage together; longer passages are read in windows
+    length: int = 384  # tokens of question and passage together; a longer passage is read in windows
     stride: int = 128  # tokens that two windows share
     longest_answer: int = 30  # tokens
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("stride", "longest_answer"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
 def normalised(answer: str) -> str:
-    """Lower case, without punctuation, without the articles a, an and the, words parted by single spaces."""
-    plain = "".join(character for character in answer.lower() if character not in PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", plain).split())
-
-
-PUNCTUATION = frozenset(string.punctuation)
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+    """The answer in lower case, without punctuation and the articles a, an, the; words separated by single spaces."""
+    plain = answer.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1 if the prediction equals one of the answers once both are normalised, else 0.
+    """Return 1.0 if the prediction equals one of the answers, all of them normalised, else 0.0.
 
-    No answers: the question has none, and the empty prediction is right (SQuAD 2.0). Answers that are nothing
-    but articles and punctuation are left out where others remain.
+    No answers: the question has none, and the empty prediction is right (SQuAD 2.0). An answer without a word
+    after normalisation is ignored if there are others.
     """
-    return max(float(normalised(prediction) == normalised(answer)) for answer in _gold(answers))
+    return max(float(normalised(prediction) == answer) for answer in _gold(answers))
 
 
 def squad_f1(prediction: str, answers: Iterable[str]) -> float:
-    """Harmonic mean of precision and recall of the normalised words, of the answer that fits best.
+    """Return the F1 of the normalised words, repeated ones included; the maximum over the answers, in [0, 1].
 
-    Words count as often as they occur. Where prediction or answer has no words, 1 if neither has any, else 0.
+    Where prediction or answer has no words, 1.0 if neither has any, else 0.0.
     """
-    return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in _gold(answers))
+    return max(_f1(normalised(prediction).split(), answer.split()) for answer in _gold(answers))
 
 
 def _gold(answers: Iterable[str]) -> list[str]:
-    return [answer for answer in answers if normalised(answer)] or [""]
+    return [plain for answer in answers if (plain := normalised(answer))] or [""]
 
 
 def _f1(predicted: list[str], answer: list[str]) -> float:
     if not predicted or not answer:
         return float(predicted == answer)
-    shared = sum((Counter(predicted) & Counter(answer)).values())
-    return 2 * shared / (len(predicted) + len(answer))
+    return 2 * (Counter(predicted) & Counter(answer)).total() / (len(predicted) + len(answer))
 
 
 def score_answers(predictions: dict[str, str], rows: Dataset) -> dict[str, float]:
-    """Mean exact match and F1 over questions, each at most 1; where some have no answer, of the two kinds apart too.
+    """Compute mean exact match and F1 of predictions (by id, "" for none) over questions; each is at most 1.
 
-    Args:
-        predictions: the answer to each question by its id, "" for none.
-        rows: with `id` and `answers`.
+    Where only some questions have an answer, also over those with and those without one.
     """
-    if missing := [row for row in rows["id"] if row not in predictions]:
-        raise ValueError(f"{len(missing)} questions have no prediction, the first is {missing[0]!r}")
-    texts = {row["id"]: row["answers"]["text"] for row in rows}
-    kinds = {"": list(texts), "answerable_": [], "unanswerable_": []}
-    for question, answers in texts.items():
-        kinds["answerable_" if answers else "unanswerable_"].append(question)
-    if not (kinds["answerable_"] and kinds["unanswerable_"]):
-        kinds = {"": kinds[""]}
+    answers = {row["id"]: row["answers"]["text"] for row in rows}
+    answerable = [question for question, texts in answers.items() if texts]
+    groups = {"": list(answers)}
+    if 0 < len(answerable) < len(answers):
+        groups |= {"answerable_": answerable, "unanswerable_": [each for each in answers if not answers[each]]}
     return {
-        f"{kind}{name}": mean(function(predictions[question], texts[question]) for question in questions)
-        for kind, questions in kinds.items()
+        f"{group}{name}": mean(function(predictions[each], answers[each]) for each in questions)
+        for group, questions in groups.items()
         for name, function in (("exact", exact_match), ("f1", squad_f1))
     }
 
 
-# ------------------------------------------------------------------------------------------------------ reading
-
-
 def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> tuple[Task, DatasetDict]:
-    """SQuAD and its parts, `train` and `validation`, with the hub's columns.
+    """Read SQuAD's `train` and `validation` parts, with the hub's columns.
 
     Args:
-        name: squad, or squad_v2.
+        name: squad (1.1) or squad_v2 (2.0).
         source: a folder that holds `NAME/train.parquet` and `NAME/validation.parquet`; or the owner on the hub.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_task`; or an answer that does not stand where it says.
+        ValueError, FileNotFoundError: as `load_task`; or an answer that is not at its position in the passage.
     """
     if name not in SQUAD:
-        raise ValueError(f"SQuAD's versions are squad (1.1) and squad_v2 (2.0); got {name!r}")
+        raise ValueError(f"unknown version of SQuAD {name!r}: use squad (1.1) or squad_v2 (2.0)")
+    source = source if Path(source).expanduser().exists() else f"{source}/{name}"
     parts = {"train": "train", "validation": "validation"}
-    found = load_parts(name, source if Path(source).exists() else f"{source}/{name}", parts)
+    found = load_parts(name, source, parts, ("id", "context", "question", "answers"))
     for part, rows in found.items():
-        for column in COLUMNS:
-            if column not in rows.column_names:
-                raise ValueError(f"{name} ({part}) has no column {column!r}; it has: {', '.join(rows.column_names)}")
-        if len(rows) == 0:
-            raise ValueError(f"{name}: the {part} part is empty")
         for row in rows:
             for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
-                if row["context"][start : start + len(text)] != text:
-                    raise ValueError(f"{name} ({part}): question {row['id']}: {text!r} does not stand at {start}")
+                if not row["context"].startswith(text, start):
+                    raise ValueError(
+                        f"task {name} ({part}): question {row['id']}: the answer {text!r} is not at character {start} "
+                        "of its passage. Correct answer_start"
+                    )
     return SQUAD[name], DatasetDict(found)
 
 
@@ -137,48 +116,48 @@ def load_squad(name: str = "squad", source: str | Path = "rajpurkar") -> tuple[T
 
 
 def finetune_squad(checkpoint: str | Path, task: Task, data: DatasetDict, config: SquadConfig) -> dict[str, float]:
-    """Fine-tune one checkpoint once to find answers, and measure it on the held-out part after the last epoch.
+    """Fine-tune a checkpoint once to find answers, and measure it on the held-out part after the last epoch.
 
-    A passage that is too long is read in windows that overlap. A question without an answer points at the first token,
-    [CLS]; its score there, the least over the windows, is compared with that of the best span.
+    A long passage is read in overlapping windows. A question without an answer has the first token, [CLS], as its
+    target. Its lowest score over the windows is compared with the score of the best span.
 
     Args:
-        checkpoint: a folder that `save_pretrained` left, with its tokenizer, or a hub name.
-        task, data: as `load_squad` gives them.
-        config: the arguments.
+        checkpoint: a folder written by `save_pretrained`, tokenizer included, or a hub name.
+        task, data: as returned by `load_squad`.
+        config: the hyper-parameters.
 
     Returns:
-        `exact` and `f1`, as `score_answers` gives them, and `seconds` of training.
+        `exact` and `f1` of `score_answers`, and `seconds` of training.
 
     Raises:
-        ValueError: as `finetune`; or a tokenizer that has no offsets or no [CLS].
-        ArithmeticError: as `finetune`.
+        ValueError, ArithmeticError: as `finetune`; or a tokenizer without character offsets or [CLS].
     """
-    set_seed(config.seed)
+    set_seed(config.seed)  # before the head is created
     model, tokenizer = open_with_head(AutoModelForQuestionAnswering, checkpoint)
     if not tokenizer.is_fast or tokenizer.cls_token_id is None:
-        raise ValueError(f"{checkpoint}: answers are found by character offsets and [CLS], which its tokenizer lacks")
-    train = drawn(data["train"], config.train_rows).map(
+        raise ValueError(f"{checkpoint}: its tokenizer has no character offsets or no [CLS]; SQuAD needs both")
+    rows, held_out = sample(data["train"], config.train_rows), data["validation"]
+    train = rows.map(
         lambda batch: _targets(_windows(batch, tokenizer, config), batch, tokenizer.cls_token_id),
         batched=True,
-        remove_columns=data["train"].column_names,
+        remove_columns=rows.column_names,
     )
-    held_out = data["validation"].map(
-        lambda batch: _windows(batch, tokenizer, config), batched=True, remove_columns=data["validation"].column_names
+    windows = held_out.map(
+        lambda batch: _windows(batch, tokenizer, config), batched=True, remove_columns=held_out.column_names
     )
     inputs = [name for name in tokenizer.model_input_names if name in train.column_names]
     targets = train.select_columns([*inputs, "start_positions", "end_positions"])
     trainer, seconds = train_with(model, targets, config, config.epochs or task.epochs, DefaultDataCollator())
-    starts, ends = trainer.predict(held_out.select_columns(inputs)).predictions  # (windows, S) each
-    predictions = best_spans(starts, ends, held_out, data["validation"], config.longest_answer)
-    return score_answers(predictions, data["validation"]) | {"seconds": seconds}
+    starts, ends = trainer.predict(windows.select_columns(inputs)).predictions  # (windows, S) each
+    predictions = best_spans(starts, ends, windows, held_out, config.longest_answer)
+    return score_answers(predictions, held_out) | {"seconds": seconds}
 
 
 def _windows(batch: dict, tokenizer, config: SquadConfig) -> dict:
-    """Question and passage, in as many overlapping windows as the passage needs.
+    """Tokenise question and passage, in as many overlapping windows as the passage needs.
 
-    `offsets` holds for each token its characters in the passage, (-1, -1) for those that are not of the
-    passage; `row` the question's id.
+    `offsets` holds the characters of each token in the passage, (-1, -1) for tokens outside it; `row` the question's
+    id; `index` its position in the batch.
     """
     length = min(config.length, tokenizer.model_max_length)
     encoded = tokenizer(
@@ -191,54 +170,46 @@ def _windows(batch: dict, tokenizer, config: SquadConfig) -> dict:
         return_offsets_mapping=True,
         padding="max_length",
     )
-    rows = encoded.pop("overflow_to_sample_mapping")
-    offsets = encoded.pop("offset_mapping")
-    encoded["row"] = [batch["id"][row] for row in rows]
-    encoded["place"] = rows
+    encoded["index"] = encoded.pop("overflow_to_sample_mapping")
+    encoded["row"] = [batch["id"][index] for index in encoded["index"]]
     encoded["offsets"] = [
         [offset if part == 1 else (-1, -1) for offset, part in zip(each, encoded.sequence_ids(window), strict=True)]
-        for window, each in enumerate(offsets)
+        for window, each in enumerate(encoded.pop("offset_mapping"))
     ]
     return dict(encoded)
 
 
 def _targets(windows: dict, batch: dict, cls_token_id: int) -> dict:
-    """First and last token of the answer in each window; [CLS] twice where the window does not hold it whole."""
+    """First and last token of the answer in each window; [CLS] twice where the window does not hold all of it."""
     starts, ends = [], []
-    for ids, place, offsets in zip(windows["input_ids"], windows["place"], windows["offsets"], strict=True):
-        answers, nothing = batch["answers"][place], ids.index(cls_token_id)
-        first = last = None
+    for ids, index, offsets in zip(windows["input_ids"], windows["index"], windows["offsets"], strict=True):
+        answers, first, last = batch["answers"][index], None, None
         if answers["text"]:
             begin = answers["answer_start"][0]
             end = begin + len(answers["text"][0])
             first = next((i for i, (a, b) in enumerate(offsets) if a <= begin < b), None)
             last = next((i for i, (a, b) in enumerate(offsets) if a < end <= b), None)
-        whole = first is not None and last is not None
-        starts.append(first if whole else nothing)
-        ends.append(last if whole else nothing)
+        if first is None or last is None:
+            first = last = ids.index(cls_token_id)
+        starts.append(first)
+        ends.append(last)
     return windows | {"start_positions": starts, "end_positions": ends}
 
 
 def best_spans(
     starts: np.ndarray, ends: np.ndarray, windows: Dataset, rows: Dataset, longest_answer: int = 30
 ) -> dict[str, str]:
-    """The best answer to each question from the scores of all windows of its passage.
+    """Select the best answer to each question (by id, "" for none) from the scores of all windows of its passage.
 
-    Args:
-        starts, ends: (windows, S), the logits of a token being the first or last one of the answer.
-        windows: with `row`, `offsets` and `input_ids`; the first token is [CLS].
-        rows: with `id`, `context` and `answers`. Only if some question has no answer may a prediction be empty.
-        longest_answer: tokens of a span at most.
-
-    Returns:
-        The text of each question's answer by its id, "" for none.
+    `starts` and `ends`, (windows, S), are the logits of each token as the first and the last of the answer; token 0 is
+    [CLS]. An answer has at most `longest_answer` tokens, and may be empty only if some question has no answer.
     """
     may_be_empty = any(not answers["text"] for answers in rows["answers"])
     passages = dict(zip(rows["id"], rows["context"], strict=True))
     best = {row: (-np.inf, "") for row in passages}
-    nothing = dict.fromkeys(passages, np.inf)
+    empty = dict.fromkeys(passages, np.inf)
     for row, offsets, start, end in zip(windows["row"], windows["offsets"], starts, ends, strict=True):
-        nothing[row] = min(nothing[row], float(start[0] + end[0]))
+        empty[row] = min(empty[row], float(start[0] + end[0]))
         inside = np.array([begin >= 0 for begin, _ in offsets])
         firsts, lasts = (np.argsort(np.where(inside, logits, -np.inf))[::-1][:BEST] for logits in (start, end))
         for first in firsts[inside[firsts]]:
@@ -246,4 +217,4 @@ def best_spans(
                 if first <= last < first + longest_answer and start[first] + end[last] > best[row][0]:
                     text = passages[row][offsets[first][0] : offsets[last][1]]
                     best[row] = (float(start[first] + end[last]), text)
-    return {row: "" if may_be_empty and nothing[row] > best[row][0] else best[row][1] for row in passages}
+    return {row: "" if may_be_empty and empty[row] > score else text for row, (score, text) in best.items()}

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ..families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
-
 from ..runs import Prune, Run
 from ..widths import QUERY_KEY
 from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses
