@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -275,7 +276,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES if find_spec(package)}
 
 
 def _machine() -> dict:

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from transformers import BertTokenizerFast, PreTrainedModel
 
 from ..config import DistillConfig
-from ..data import Masking, NextToken, labelled_once
+from ..data import Blocks, Masking, NextToken, labelled_once
 from ..distill import distill
 from ..losses import DistillationLoss
 from ..widths import Widths, family, set_widths
@@ -144,14 +143,14 @@ def _short_run(teacher: PreTrainedModel, config: DistillConfig, length: int) -> 
 
 def _random_text(
     teacher: PreTrainedModel, config: DistillConfig, length: int
-) -> tuple[BertTokenizerFast, Dataset, Dataset]:
+) -> tuple[BertTokenizerFast, Blocks, Blocks]:
     """A tokenizer that never reads, and a batch of random tokens for training and held out."""
     vocabulary = teacher.config.vocab_size
     tokenizer = wordless_tokenizer(vocabulary, teacher.config.pad_token_id)
     drawn = {"size": (config.batch_size, length), "generator": torch.Generator().manual_seed(0)}
     tokens = torch.randint(len(NAMED), vocabulary, **drawn)
     task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
-    return tokenizer, Dataset.from_dict({"input_ids": tokens.tolist()}), labelled_once(tokens, task, seed=0)
+    return tokenizer, Blocks(tokens), labelled_once(tokens, task, seed=0)
 
 
 def _fitted(
