@@ -276,7 +276,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES if find_spec(package)}
+    return {"python": platform.python_version()} | {
+        package: version(package) for package in PACKAGES if find_spec(package)
+    }
 
 
 def _machine() -> dict:

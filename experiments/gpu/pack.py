@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hdlib import load_corpus, load_teacher
+from hdlib import load_teacher
 from hdlib.data import Blocks
 
 LENGTH = 128  # S, tokens a block
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=30, help="of training blocks at most (default: 30)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"to make (default: {FOLDER})")
     arguments = parser.parse_args()
+    from hdlib import load_corpus  # needs `datasets`, which the machine with the GPU has not
+
     teacher, tokenizer = load_teacher(arguments.teacher)
     if len(tokenizer) > 2**16:
         parser.error(f"the tokenizer has {len(tokenizer)} entries, and blocks are stored in 16 bits: at most {2**16}")
@@ -44,7 +46,10 @@ def main() -> None:
     teacher.to(torch.bfloat16).save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
     blocks = {"train": np.array(train["input_ids"], dtype=np.uint16)}
-    blocks |= {"validation": np.array(held_out["input_ids"], np.int32), "labels": np.array(held_out["labels"], np.int32)}
+    blocks |= {
+        "validation": np.array(held_out["input_ids"], np.int32),
+        "labels": np.array(held_out["labels"], np.int32),
+    }
     save_file(blocks, arguments.folder / BLOCKS)
     size = sum(path.stat().st_size for path in arguments.folder.iterdir())
     print(f"{arguments.folder}: {len(blocks['train'])} blocks to train on, {size / 1e6:.1f} MB in all")
