@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,9 @@ def pretend_device(monkeypatch):
     def load_tensors(path, device="cpu"):
         return {name: tensor.to(device) for name, tensor in load_file(path).items()}
 
+    # Module.to makes new parameters of a subclass of Tensor, which cuts ties, unless it may swap them.
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    monkeypatch.setattr(torch.random, "fork_rng", partial(torch.random.fork_rng, devices=[]))
     monkeypatch.setattr(Accelerator, "device", DEVICE)
     monkeypatch.setattr(narrowing, "check_narrowable", check_narrowable)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)

@@ -45,7 +45,14 @@ CONFIG = {
     "eval_blocks": 8,
     "learning_rate": 1e-3,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {
+    "use_cache": False,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MODELS = {
     "bert": (BertForMaskedLM, BertConfig, {}),
     "llama": (LlamaForCausalLM, LlamaConfig, GROUPED),
@@ -71,8 +78,9 @@ OPTIMISERS = {
 
 
 def run(part: Part) -> None:
-    for name, case in cases(6 if part.plan.dry else 16).items():
-        part.item(name, partial(case, part.device))
+    every = cases(6 if part.plan.dry else 16)
+    for name in list(every)[:: 5 if part.plan.dry else 1]:
+        part.item(name, partial(every[name], part.device))
 
 
 def cases(steps: int) -> dict[str, Callable[[torch.device], dict]]:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--validation", required=True, help='a held-out file with "validation", "valid", "dev" or "test" in its name'
     )
-    parser.add_argument("--megabytes", type=float, default=30, help="of training blocks at most (default: 30)")
+    parser.add_argument("--megabytes", type=float, default=22, help="of training blocks at most (default: 22)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"to make (default: {FOLDER})")
     arguments = parser.parse_args()
     from hdlib import load_corpus  # needs `datasets`, which the machine with the GPU has not
