@@ -153,7 +153,7 @@ def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks, tmp_path, pretend_device):  # noqa: F811
-    """On its device and in its dtype and mode, with its attention and gradients as they were, though the run's differ."""
+    """Device, dtype, mode, attention and requires_grad of the caller's teacher stay, though those of the run differ."""
     teacher = teacher.to(dtype).train()
     teacher.base_model.embeddings.requires_grad_(False)
 

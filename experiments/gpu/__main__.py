@@ -77,13 +77,15 @@ def _run(plan: Plan, seconds: float, out: Path) -> str:
 
 def _reference(plan: Plan, out: Path) -> subprocess.Popen:
     """The device tests by a process that sees no GPU."""
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return _start(replace(plan, name="reference", module="cases"), out, OMP_NUM_THREADS="1", **hidden)
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return _start(replace(plan, name="reference", module="cases"), out, **hidden)
 
 
 def _start(plan: Plan, out: Path, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", f"{__package__}.part", json.dumps(asdict(plan))]
-    environment |= {"TQDM_MININTERVAL": "60", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TQDM_MININTERVAL": "60"}
+    if plan.dry:
+        environment["OMP_NUM_THREADS"] = "1"
     with (out / "log.txt").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, stderr=log, env=os.environ | environment, start_new_session=True)
 
