@@ -1,22 +1,22 @@
 """Everything that needs a GPU, in one command: `python -m experiments.gpu [--minutes 8] [--dry]`.
 
 Three parts, in this order, each in a process of its own with a time limit: `cases` (device tests against the CPU's
-numbers), `speed` (benchmarks at BERT-base shapes) and `study` (MiniLM to a third on Wikipedia), which takes all the
-time that is left. Results are in runs/gpu, or $OUT, or --out:
+numbers), `speed` (benchmarks at BERT-base shapes) and `study` (the pack's teacher to a third). Results are in
+runs/gpu, or $OUT, or --out:
 
-    session.json               the command, and how each part ended
-    verdicts.json              which device tests passed, with the largest difference from the CPU
-    cases.json, reference.json the numbers of the device tests, on the accelerator and on the CPU
-    speed.json, study.json     the measurements
-    log.txt                    what the parts wrote to standard error
+- session.json: the command, and how each part ended.
+- verdicts.json: which device tests passed, with the largest difference from the CPU.
+- cases.json, reference.json: the numbers of the device tests, on the accelerator and on the CPU.
+- speed.json, study.json: the measurements.
+- log.txt: what the parts wrote to standard error.
 
 First make the folder that travels, where the data is (runs/gpu_pack; git ignores it):
 
     python -m experiments.gpu.pack TEACHER TEXT... --validation TEXT
 
 The machine with the GPU needs torch, transformers, accelerate, safetensors, tokenizers, numpy, pandas, pyarrow, tqdm
-and pyyaml. `--dry` runs the same code at toy shapes on a CPU. A second call with the same --out skips what is there:
-remove the folder to measure again.
+and pyyaml. `--dry` runs the same code at toy shapes on a CPU. Named parts run alone, so that a session can be two
+commands: `cases speed --minutes 5`, then `study --minutes 8`. A second call with the same --out skips what is there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .cases import compared
 from .pack import BLOCKS, FOLDER
 from .part import Plan
 
-SHARES = {"cases": 0.15, "speed": 0.35, "study": 1.0}  # of the time; the last part takes what is left
-GRACE = 0.03  # of the time: a part that has not ended so long after its limit is killed
+SHARES = {"cases": 2, "speed": 4, "study": 5}  # of the time; what a part leaves is shared by those after it
+GRACE = 0.05  # of a part's time, at its end, in which no item begins; what runs after it is killed
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,46 +47,45 @@ def main() -> None:
     started, seconds = monotonic(), 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     ends = {}
-    for name in arguments.parts:
-        left = seconds - (monotonic() - started)
-        limit = min(SHARES[name] * seconds, left) - GRACE * seconds
-        plan = Plan(name, str(arguments.pack), str(arguments.out), limit, arguments.dry)
-        reference = _reference(plan, arguments.out) if name == "cases" else None
-        ends[name] = _run(plan, limit + GRACE * seconds, arguments.out)
+    for number, name in enumerate(arguments.parts):
+        weights = [SHARES[each] for each in arguments.parts[number:]]
+        limit = (seconds - (monotonic() - started)) * weights[0] / sum(weights)
+        plan = Plan(name, str(arguments.pack), str(arguments.out), (1 - GRACE) * limit, arguments.dry)
+        reference = _reference(plan) if name == "cases" else None
+        ends[name] = _run(plan, limit)
         if reference:
-            ends["reference"] = _wait(reference, max(1.0, GRACE * seconds))
+            ends["reference"] = _wait(reference, GRACE * limit)
             _judge(arguments.out)
         session = {"arguments": sys.argv[1:], "seconds": monotonic() - started, "parts": ends}
         write_whole(arguments.out / "session.json", json.dumps(session, indent=1) + "\n")
     print(f"{monotonic() - started:.0f} s; results: {arguments.out}")
 
 
-def _run(plan: Plan, seconds: float, out: Path) -> str:
-    """Run a part, and once more without the items it has, while its process dies of an item; returns how it ended."""
-    until, had = monotonic() + seconds, -1
+def _run(plan: Plan, seconds: float) -> str:
+    """Run a part, again without the items it has while its process dies of an item; returns how it ended."""
+    path, until, had = Path(plan.out) / f"{plan.name}.json", monotonic() + seconds, -1
     while True:
-        how = _wait(_start(plan, out), until - monotonic())
-        path = out / f"{plan.name}.json"
+        how = _wait(_start(plan), until - monotonic())
         has = len(json.loads(path.read_text())["items"]) if path.exists() else 0
-        left = plan.seconds - seconds + until - monotonic()
+        left = until - monotonic() - GRACE * seconds
         if how == "ended" or left <= 0 or has <= had:
             return how
         print(f"{plan.name}: {how}; a new process takes the next item", flush=True)
         plan, had = replace(plan, seconds=left), has
 
 
-def _reference(plan: Plan, out: Path) -> subprocess.Popen:
+def _reference(plan: Plan) -> subprocess.Popen:
     """The device tests by a process that sees no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return _start(replace(plan, name="reference", module="cases"), out, **hidden)
+    return _start(replace(plan, name="reference", module="cases"), **hidden)
 
 
-def _start(plan: Plan, out: Path, **environment: str) -> subprocess.Popen:
+def _start(plan: Plan, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", f"{__package__}.part", json.dumps(asdict(plan))]
     environment |= {"TQDM_MININTERVAL": "60"}
     if plan.dry:
         environment["OMP_NUM_THREADS"] = "1"
-    with (out / "log.txt").open("a") as log:
+    with (Path(plan.out) / "log.txt").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, stderr=log, env=os.environ | environment, start_new_session=True)
 
 

@@ -26,7 +26,7 @@ from ..bench.turns import timed
 from ..bench.work import Setting, Work
 from .part import Part
 
-PAPER = Path(__file__).parents[1] / "paper"
+PAPER = [Path(__file__).parents[1] / "paper" / f"homobert_{size}.yaml" for size in ("base", "tiny")]
 RATIOS = (1.0, 0.5, 0.29)  # of the widths: at the start, in the middle and at the end of the homotopy
 MULTIPLES = (1, 16, 96)  # of the hidden and feed-forward widths; 96 makes the 12 heads multiples of 8 wide
 STEPS, WARM = 20, 5  # of the loop that is measured, and how many of them are not counted
@@ -50,10 +50,8 @@ def run(part: Part) -> None:
         for name, widths in _homotopy(setting).items():
             part.item(f"loop, {of_batch}, {name}", partial(_loop, setting, widths, steps, card))
         part.item(f"profile, {of_batch}", partial(_profile, setting))
-    for name in ("homobert_base", "homobert_tiny")[: 1 if dry else None]:
-        for setting in settings[::-1]:
-            projected = partial(_paper, PAPER / f"{name}.yaml", setting)
-            part.item(f"paper, {name}, micro-batches of {setting.batch_size}", projected)
+        for path in PAPER:
+            part.item(f"paper, {path.stem}, micro-batches of {setting.batch_size}", partial(_paper, path, setting))
 
 
 def rows(table: pd.DataFrame) -> list[dict]:

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-import torch
-
 import hdlib
 from hdlib.data import Blocks
 from hdlib.losses import TERMS
+from hdlib.models import frozen_copy
 
 from .pack import load_pack
 from .part import Part
@@ -31,7 +30,7 @@ CONFIG = {
     "eval_every": 250,
     "eval_blocks": 64,
 }
-TOY = {"steps": 6, "batch_size": 2, "prune_every": 2, "eval_every": 3, "eval_blocks": 2}
+TOY = {"steps": 6, "batch_size": 2, "prune_every": 2, "eval_every": 3, "eval_blocks": 2, "precision": "float32"}
 LOGGED = ("seconds", "elapsed", "parameters", "hidden_size", "intermediate_size", "total", *TERMS)
 
 
@@ -74,14 +73,11 @@ def _distilled(part: Part, data: tuple, config: hdlib.DistillConfig) -> dict:
             return {"finished": False, "curve": _curve(run, config)}
         seconds = perf_counter() - started
         student, _ = run.student()
-        measured = hdlib.discrepancy(student.to(part.device), _on(part.device, teacher), held_out, batch_size=64)
+        models = student.to(part.device), frozen_copy(teacher, part.device)
+        measured = hdlib.discrepancy(*models, held_out, batch_size=64)
         widths = vars(hdlib.Widths.of(student))
         found = {"finished": True, "seconds": seconds, "config": config.to_dict(), "widths": widths}
         return found | {"parameters": student.num_parameters(), "held_out": measured, "curve": _curve(run, config)}
-
-
-def _on(device: torch.device, teacher):
-    return hdlib.models.frozen_copy(teacher, device)
 
 
 def _curve(run: hdlib.Run, config: hdlib.DistillConfig) -> list[dict]:
