@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -80,7 +81,8 @@ class Run:
             raise FileExistsError(f"{folder} already holds a run ({', '.join(found)}): use resume=True or a new folder")
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+        versions = {"python": platform.python_version()}
+        versions |= {package: version(package) for package in PACKAGES if find_spec(package)}
         description = {"arguments": arguments, "processes": processes, "versions": versions, "machine": machine}
         write_whole(run.folder / "run.json", json.dumps(description, indent=2, allow_nan=False) + "\n")
         return run
@@ -261,7 +263,7 @@ def _step(path: Path) -> int:
 def _card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
     """The model card, from the record of a run whose last step is done."""
     config, blocks, origin = (run.arguments[name] for name in ("config", "blocks", "teacher"))
-    last, tokens = run.metrics.iloc[-1], config["steps"] * config["batch_size"] * blocks["length"]
+    last, tokens = run.records()[-1], config["steps"] * config["batch_size"] * blocks["length"]
     name = "the embedded teacher of hdlib" if Path(origin) == EMBEDDED_TEACHER else Path(origin).name
     data = ModelCardData(library_name="transformers", tags=["homodistil", "distillation", "pruning"])
     data.pipeline_tag = "text-generation" if family(teacher).causal else "fill-mask"

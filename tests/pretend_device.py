@@ -1,0 +1,158 @@
+"""A pretend accelerator: device "shadow", whose tensors hold CPU memory and refuse to meet CPU tensors.
+
+It shows on a machine without a GPU where code mixes devices, and where it waits for the device or copies to it. Only
+float32 is computed. `pretend_device` is the fixture; while it is active `hdlib.distill` runs on the device.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import PreTrainedModel
+
+from hdlib import checkpoints, narrowing
+
+_setup_privateuseone_for_python_backend("shadow")
+torch.shadow.get_amp_supported_dtype = lambda: [torch.bfloat16]
+DEVICE = torch.device("shadow:0")
+LIBRARY = str(Path(narrowing.__file__).parent)
+aten = torch.ops.aten
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+
+
+class Shadow(torch.Tensor):
+    """A tensor of the device; `inner` is its memory."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"Shadow({self.inner})"
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        raise RuntimeError(f"{function} on a tensor of the pretend device outside of its fixture")
+
+
+class PretendDevice(TorchDispatchMode):
+    """Runs every operation on the memory inside; `waits` and `copies` count its meetings with the host by place."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: Counter[str] = Counter()  # the host waits for the device: a number or a mask is read
+        self.copies: Counter[str] = Counter()  # a CPU tensor is copied to the device
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        tensors = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in tensors if isinstance(tensor, Shadow)]
+        target = options.get("device")
+        wrap = bool(ours) if target is None else torch.device(target).type == "shadow"
+        if function is aten.copy_.default:
+            wrap = isinstance(arguments[0], Shadow)
+        self._count(function, arguments, ours, tensors, wrap)
+        if wrap and target is not None:
+            options = options | {"device": torch.device("cpu")}
+        with _disable_current_modes(), torch.no_grad():
+            out = function(*tree_map(_inside, arguments), **tree_map(_inside, options))
+        wrappers = {id(tensor.inner): tensor for tensor in ours}  # what was changed in place is the same tensor
+        given = {id(tensor) for tensor in tensors}
+
+        def outside(value):
+            if not isinstance(value, torch.Tensor) or id(value) in given:
+                return value
+            if id(value) in wrappers:
+                return wrappers[id(value)]
+            return Shadow(value) if wrap else value
+
+        return tree_map(outside, out)
+
+    def _count(self, function, arguments, ours: list, tensors: list, wrap: bool) -> None:
+        """Count a wait or a copy; raise RuntimeError where a GPU would: for tensors on two devices."""
+        if function in (aten.copy_.default, aten._to_copy.default):
+            source = arguments[1] if function is aten.copy_.default else arguments[0]
+            if isinstance(source, Shadow) != wrap:
+                (self.copies if wrap else self.waits)[_place()] += 1
+            return
+        if not ours:
+            return
+        if function in WAITING:
+            self.waits[_place()] += 1
+        others = [tensor for tensor in tensors if not isinstance(tensor, Shadow) and tensor.dim() > 0]
+        if function in INDEXING:  # a GPU takes indices of the CPU, copied each time, for a tensor of its own
+            indices = [index for index in arguments[1] if index is not None]
+            self.waits[_place()] += any(index.dtype == torch.bool for index in indices)
+            self.copies[_place()] += any(not isinstance(index, Shadow) for index in indices)
+            others = [] if isinstance(arguments[0], Shadow) else [arguments[0]]
+        if others:
+            shapes = [tuple(tensor.shape) for tensor in others]
+            raise RuntimeError(f"{function} meets CPU tensors of shapes {shapes} on the device, at {_place()}")
+
+
+def _inside(value):
+    return value.inner if isinstance(value, Shadow) else value
+
+
+def _place() -> str:
+    """File, line and text of the innermost frame in the library."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(LIBRARY)]
+    if not frames:
+        return "outside of the library"
+    return f"{Path(frames[-1].filename).relative_to(LIBRARY)}:{frames[-1].lineno} {frames[-1].line}"
+
+
+@pytest.fixture
+def pretend_device(monkeypatch):
+    """`hdlib.distill` runs on the device; files are written and read through the CPU, which safetensors cannot do."""
+    check, save_pretrained = narrowing.check_narrowable, PreTrainedModel.save_pretrained
+    device = PretendDevice()
+
+    def check_narrowable(model, widths):
+        of_device = model.device.type == "shadow"  # the real check refuses every subclass of Tensor
+        return narrowing.empty_stock_model(model, widths) if of_device else check(model, widths)
+
+    def save(model, *arguments, **options):
+        save_pretrained(deepcopy(model).cpu(), *arguments, **options)
+
+    def save_tensors(tensors, path):
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+
+    def load_tensors(path, device="cpu"):
+        return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+
+    # Module.to makes new parameters of a subclass of Tensor, which cuts ties, unless it may swap them.
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    monkeypatch.setattr(torch.random, "fork_rng", partial(torch.random.fork_rng, devices=[]))
+    monkeypatch.setattr(Accelerator, "device", DEVICE)
+    monkeypatch.setattr(narrowing, "check_narrowable", check_narrowable)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    monkeypatch.setattr(checkpoints, "save_file", save_tensors)
+    monkeypatch.setattr(checkpoints, "load_file", load_tensors)
+    with device:
+        yield device

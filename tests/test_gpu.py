@@ -1,0 +1,168 @@
+"""The session on a GPU, dry: every part on a CPU without `datasets`, and the device tests on a pretend device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import hdlib
+from experiments.gpu import cases
+from experiments.gpu.pack import load_pack
+from experiments.gpu.part import Part, Plan
+
+from conftest import sentences
+from pretend_device import DEVICE, pretend_device  # noqa: F401
+from test_loop import ARGUMENTS
+
+ROOT = Path(__file__).parents[1]
+MISSING = ("datasets", "papermill", "ipywidgets", "anywidget")  # where the GPU is
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Made by the command, from the embedded teacher and two parquet files."""
+    folder = tmp_path_factory.mktemp("pack")
+    for name, documents in {"train": 300, "validation": 60}.items():
+        text = [" ".join(sentences(20, seed)) for seed in range(documents)]
+        pd.DataFrame({"text": text}).to_parquet(folder / f"{name}.parquet")
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu.pack",
+        str(ROOT / "hdlib" / "teacher"),
+        str(folder / "train.parquet"),
+    ]
+    command += ["--validation", str(folder / "validation.parquet"), "--folder", str(folder / "pack")]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.strip().splitlines()[-1] == f"python -m experiments.gpu --pack {folder / 'pack'} --minutes 8"
+    return folder / "pack"
+
+
+def test_the_pack_holds_teacher_and_blocks(pack):
+    teacher, tokenizer, train, held_out = load_pack(pack)
+    assert len(train) > 100 and train[0]["input_ids"].shape == (128,)
+    assert tokenizer.decode(train[0]["input_ids"][1:3]).startswith("the")
+    assert set(held_out[0]) == {"input_ids", "labels"} and (held_out[0]["labels"] != -100).sum() == 19
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+def test_a_dry_session_without_datasets(pack, tmp_path):
+    """All parts leave their files; the packages that are not there are never imported."""
+    blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in MISSING)
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu",
+        "--dry",
+        "--pack",
+        str(pack),
+        "--out",
+        str(out),
+        "--minutes",
+        "9",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    read = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    parts = ("cases", "reference", "speed", "study")
+    assert read["session"]["parts"] == dict.fromkeys(parts, "ended"), done.stdout
+    assert all(verdict["passed"] for verdict in read["verdicts"].values()) and len(read["verdicts"]) >= 8
+    for part in parts:
+        failed = {name: item for name, item in read[part]["items"].items() if "error" in item}
+        assert not failed and not read[part]["not_reached"], part
+    study = {name: item["value"] for name, item in read["study"]["items"].items()}
+    assert list(study) == ["iterative, seed 0", "one-shot, seed 0", "random start, seed 0"]
+    assert study["iterative, seed 0"]["widths"] == study["random start, seed 0"]["widths"]
+    assert study["iterative, seed 0"]["curve"][0]["held_out_kl"] == 0.0 < study["iterative, seed 0"]["held_out"]["kl"]
+    speed = {name.split(",")[0] for name in read["speed"]["items"]}
+    assert speed == {"card", "step", "memory", "prune", "loop", "profile", "paper"}
+    (profile,) = (item["value"] for name, item in read["speed"]["items"].items() if name.startswith("profile"))
+    assert len(profile["largest"]) == 10
+
+
+@pytest.fixture
+def part(tmp_path):
+    return Part(Plan("part", "", str(tmp_path), seconds=60))
+
+
+def test_a_failing_item_is_recorded_and_the_others_run(part, tmp_path):
+    part.item("fails", lambda: 1 / 0)
+    part.item("not a number", lambda: {"x": float("nan")})
+    part.item("runs", lambda: {"x": 1})
+    found = json.loads((tmp_path / "part.json").read_text())["items"]
+    assert "ZeroDivisionError" in found["fails"]["traceback"] and "error" in found["not a number"]
+    assert found["runs"]["value"] == {"x": 1}
+    again = Part(part.plan)
+    again.item("runs", pytest.fail)
+
+
+def test_no_item_begins_after_the_limit(part):
+    part.until = 0
+    part.item("late", pytest.fail)
+    assert part.not_reached == ["late"] and not part.items
+
+
+def test_a_wrong_number_does_not_pass():
+    def item(loss=1.0, width=4, kept=(0, 1)) -> dict:
+        return {"value": {"exact": {"width": [width]}, "near": {"loss": [loss]}, "kept": {"hidden": list(kept)}}}
+
+    assert cases.compared(item(), item(1.001), "float32")["passed"]
+    assert not cases.compared(item(), item(1.01), "float32")["passed"]
+    assert cases.compared(item(), item(1.01), "bfloat16")["passed"]
+    assert not cases.compared(item(), item(width=5), "float32")["passed"]
+    assert cases.compared(item(), item(kept=(0, 2)), "float32")["kept alike"] == 0.5
+    assert not cases.compared(item(), {"error": "out of memory"}, "float32")["passed"]
+
+
+PRETENDED = (
+    "narrowed, platon",
+    "masked, neurons return",
+    "masked, global",
+    "micro-batches",
+    "resumed, narrowed, random",
+    "resumed, masked, neurons return",
+    "grouped heads, qwen3, narrowed",
+    "discrepancy, bert",
+    "narrow with AdamW, fused, llama",
+)
+
+
+@pytest.mark.parametrize("name", PRETENDED)
+def test_no_tensors_of_two_devices_meet(name, pretend_device):  # noqa: F811
+    case = cases.cases(6)[f"float32: {name}"]
+    found = case(DEVICE)
+    assert pretend_device.waits or pretend_device.copies, "nothing ran on the device"
+    reference = {"value": case(torch.device("cpu"))} if name.startswith(("discrepancy", "narrow with")) else None
+    if reference:
+        assert cases.compared({"value": found}, reference, "float32")["passed"]
+
+
+def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
+    with pytest.raises(RuntimeError, match="CPU tensors"):
+        torch.zeros(3, device=DEVICE) + torch.zeros(3)
+    assert (torch.zeros(3, device=DEVICE) + 1).tolist() == [1.0] * 3
+    assert pretend_device.waits["outside of the library"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks, tmp_path, pretend_device):  # noqa: F811
+    """Device, dtype, mode, attention and requires_grad of the caller's teacher stay, though those of the run differ."""
+    teacher = teacher.to(dtype).train()
+    teacher.base_model.embeddings.requires_grad_(False)
+
+    def state() -> tuple:
+        parameters = {name: (p.dtype, p.device, p.requires_grad) for name, p in teacher.named_parameters()}
+        return parameters, teacher.training, teacher.config._attn_implementation, teacher.dtype, teacher.device
+
+    before, weights = state(), {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    run = hdlib.distill(teacher, tokenizer, *blocks, hdlib.DistillConfig(**ARGUMENTS | {"steps": 4}), tmp_path)
+    assert run.finished and state() == before
+    assert all(torch.equal(weights[name], parameter) for name, parameter in teacher.named_parameters())
+    assert teacher.device.type == "cpu" and all(parameter.grad is None for parameter in teacher.parameters())
