@@ -14,7 +14,7 @@ _MODULE_OF = {
         "config": "DistillConfig",
         "corpus": "load_corpus",
         "discrepancy": "discrepancy",
-        "distill": "Diverged distill",
+        "distill": "Diverged Stopped distill",
         "losses": "DistillationLoss",
         "masks": "Masks",
         "models": "forward load_teacher",
@@ -22,7 +22,6 @@ _MODULE_OF = {
         "runs": "Run",
         "schedules": "cubic linear one_shot",
         "scorers": "scorer",
-        "training": "Stopped",
         "widths": "UnsupportedArchitecture Widths width_groups",
     }.items()
     for name in names.split()

@@ -1,13 +1,9 @@
 """A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
 
-The file holds the arguments of `DistillConfig` and, beside them, those of `load_teacher` and `load_corpus`
-(`teacher`, `corpus`, `length`, `text_column`, `subset`, `causal`, `streaming`) and the folder of the run, `run_dir`,
-which must be named; what else is left out takes its default. `--resume` goes on from the newest checkpoint, or starts
-where there is none, so that a batch system can repeat one and the same line. SIGTERM ends the run after its step, with
-a checkpoint and the exit status 143.
+The file holds arguments of `DistillConfig`, `load_teacher` and `load_corpus` (see PLACES), and `run_dir`, the run's
+folder. `--resume` continues from the newest checkpoint, or starts a run if there is none. SIGTERM ends the run after
+its current step, with a checkpoint and exit status 143.
 """
-
-from __future__ import annotations
 
 import argparse
 import signal
@@ -27,24 +23,15 @@ PLACES = {
     "subset": None,
     "causal": None,
     "streaming": False,
-    "run_dir": None,
+    "run_dir": "",
 }
-PLACE_TYPES = {
-    "teacher": (str,),
-    "corpus": (str, list),
-    "length": (int,),
-    "text_column": (str,),
-    "subset": (str, type(None)),
-    "causal": (bool, type(None)),
-    "streaming": (bool,),
-    "run_dir": (str,),
-}
+TYPES = {"corpus": str | list, "subset": str | None, "causal": bool | None}  # the others have that of their default
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hdlib", description="Distil a teacher into a narrower student.")
     parser.add_argument("config", type=Path, help="a YAML file of arguments")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run_dir")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in run_dir")
     arguments = parser.parse_args()
     try:
         places, config = read(arguments.config)
@@ -61,25 +48,24 @@ def main() -> None:
 
 
 def read(path: Path) -> tuple[dict, DistillConfig]:
-    """A YAML file to (places, config). Raises ValueError for what is no YAML, and for a name or value that is none."""
+    """A YAML file to (places, config). Raises ValueError for invalid YAML and for an unknown name or a wrong value."""
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"no YAML can be read there: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the file is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError("there are no names with values there, as in `steps: 1000`")
-    known = {field.name for field in fields(DistillConfig)}
-    unknown = sorted(map(str, values.keys() - known - PLACES.keys()))
-    if unknown:
-        raise ValueError(f"unknown arguments {', '.join(unknown)}; there are: {', '.join([*PLACES, *sorted(known)])}")
+        raise ValueError("the file has no names with values, such as `steps: 1000`")
+    known = [*PLACES, *(field.name for field in fields(DistillConfig))]
+    if unknown := [str(name) for name in values if name not in known]:
+        raise ValueError(f"unknown arguments {', '.join(unknown)}; known are: {', '.join(known)}")
     if not values.get("run_dir"):
         raise ValueError("run_dir is missing: name the folder of this run")
     places = {name: values.pop(name, default) for name, default in PLACES.items()}
     for name, value in places.items():
-        kinds = PLACE_TYPES[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            said = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{name} must be of type {said}; got {str(value)[:50]!r}")
+        kind = TYPES.get(name, type(PLACES[name]))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            expected = kind if name in TYPES else kind.__name__
+            raise ValueError(f"{name} must be of type {expected}; got {str(value)[:50]!r}")
     if isinstance(places["corpus"], list) and not all(isinstance(path, str) for path in places["corpus"]):
         raise ValueError(f"corpus must be a path or a list of paths; got {str(places['corpus'])[:50]}")
     return places, DistillConfig(**values)

@@ -1,6 +1,9 @@
-"""How far the student is from its teacher, measured on a fixed held-out set."""
+"""Held-out measures of how far a student is from its teacher."""
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from transformers import PreTrainedModel
 from .data import batches
 from .losses import IGNORED, attention_divergence, mlm_loss, prediction_loss, select_heads
 from .models import forward
+from .widths import Widths
 
 
 @torch.no_grad()
@@ -21,93 +25,73 @@ def discrepancy(
     neurons: Tensor | None = None,
     heads: Tensor | None = None,
 ) -> dict[str, float]:
-    """The prediction discrepancy and its companions at the labelled positions of held-out blocks.
-
-    Labelled are the masked tokens, or, for causal models, all that have a next one.
+    """The prediction discrepancy and related measures on held-out blocks.
 
     Args:
-        student, teacher: models with their heads over one vocabulary; put in eval mode for the measure.
-        blocks: held-out blocks with fixed `labels`, as `load_corpus` returns for validation.
-        batch_size: blocks a forward; changes nothing but memory.
-        neurons: of a student under masks, the indices of its residual neurons that count; None for all.
-        heads: (L, Hs), which of the teacher's heads each of the student's is; None: the same ones.
+        student, teacher: models with their heads over one vocabulary; measured in eval mode, then set back.
+        blocks: held-out blocks with `labels` for the masked tokens, or in causal models for all that have a next one.
+        batch_size: blocks per forward; affects memory only.
+        neurons: for a student under masks, the indices of the hidden neurons that are not masked; None: all.
+        heads: (L, Hs), the index of the teacher's head for each head of the student; None: the same heads.
 
     Returns:
-        kl: KL(teacher || student), nats a labelled token, mean (the paper's discrepancy); 0.0 if identical.
-        agreement: share of these tokens on which the first guesses agree; 1.0 if identical.
-        mlm: the student's own loss on them in nats, teacher_mlm the teacher's.
-        accuracy, teacher_accuracy: share of them guessed right.
-        hidden: mean squared difference between the teacher's hidden states and the best linear map of the
-            student's (least squares over these tokens, so that any two widths compare), mean over
-            layers and elements; 0.0 if identical, to rounding.
-        hidden_1 to hidden_L: the same error of each layer, as a share of its states' mean square, so that layers
-            compare; in [0, 1].
-        attention_1 to attention_L: KL(teacher || student) of what a token attends to, nats, mean over heads and
-            tokens; 0.0 if identical. Left out where the student has fewer heads and nobody says which.
+        kl: KL(teacher || student), nats per labelled token (the paper's discrepancy); 0.0 if identical.
+        agreement: fraction of labelled tokens with the same top-1 prediction; 1.0 if identical.
+        mlm, teacher_mlm: cross-entropy of the student and of the teacher, nats per labelled token.
+        accuracy, teacher_accuracy: fraction of labelled tokens predicted correctly.
+        hidden: mean squared error of the teacher's hidden states after a linear least-squares fit on the student's,
+            which may have another width; mean over layers and elements; 0.0 up to rounding if identical.
+        hidden_1 to hidden_L: this error of each layer over the mean square of its states, in [0, 1].
+        attention_1 to attention_L: KL(teacher || student) of the attention probabilities, nats, mean over heads and
+            tokens; 0.0 if identical. Left out if the student has fewer heads and `heads` is None.
 
-    Raises:
-        ValueError: no blocks, or no labelled position in them.
+    Raises ValueError if the blocks have no labelled token.
     """
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
-    sums: dict[str, Tensor] = {}
-    fits: list[_LinearFit] = []
-    positions = tokens = 0
+    if heads is None and Widths.of(student).heads == Widths.of(teacher).heads:
+        heads = torch.arange(Widths.of(teacher).heads).repeat(teacher.config.num_hidden_layers, 1)
+    sums, counts, fits = Counter(), Counter(), defaultdict(_LinearFit)
     for batch in batches(blocks, batch_size, device=student.device):
-        loss_positions = batch["labels"] != IGNORED
-        labels, count = batch["labels"][loss_positions], int(loss_positions.sum())  # (N,)
-        ours = forward(student, batch["input_ids"], loss_positions, batch.get("attention_mask"))
-        theirs = forward(teacher, batch["input_ids"], loss_positions, batch.get("attention_mask"))
-        if count:  # the mean over nothing is none
-            for name, value in _position_means(ours.logits, theirs.logits, labels).items():
-                sums[name] = sums.get(name, 0.0) + value.double() * count
-        positions += count
-        fits = fits or [_LinearFit() for _ in ours.hidden_states[1:]]
-        real = batch.get("attention_mask", torch.ones_like(loss_positions)).bool()
-        for name, value in _attention_means(ours, theirs, heads, batch.get("attention_mask")).items():
-            sums[name] = sums.get(name, 0.0) + value.double() * real.sum()
-        tokens += int(real.sum())
-        for fit, states, targets in zip(fits, ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+        loss_positions, mask = batch["labels"] != IGNORED, batch.get("attention_mask")  # (B, S)
+        student_outputs = forward(student, batch["input_ids"], loss_positions, mask)
+        teacher_outputs = forward(teacher, batch["input_ids"], loss_positions, mask)
+        labels = batch["labels"][loss_positions]  # (N,)
+        for name, mean, count in _means(student_outputs, teacher_outputs, labels, heads, mask):
+            sums[name] += mean.double() * count
+            counts[name] += count
+        hidden_states = zip(student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], strict=True)
+        for layer, (states, targets) in enumerate(hidden_states, 1):
             if neurons is not None and states.shape[-1] == student.config.hidden_size:
                 states = states[..., neurons.to(states.device)]
-            fit.add(states[real], targets[real])
+            real = torch.ones_like(loss_positions) if mask is None else mask.bool()
+            fits[layer].add(states[real], targets[real])
     student.train(modes[0]), teacher.train(modes[1])
-    if positions == 0:
+    if "kl" not in sums:
         raise ValueError("the held-out blocks have no labelled position: pass the validation blocks of load_corpus")
-    means = {name: float(value) / (tokens if "attention" in name else positions) for name, value in sums.items()}
-    residuals = [fit.residual() for fit in fits]
-    shares = [residual / fit.mean_square for residual, fit in zip(residuals, fits, strict=True)]
-    by_layer = {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
-    return means | {"hidden": sum(residuals) / len(residuals)} | by_layer
+    errors, shares = zip(*(fit.errors() for fit in fits.values()), strict=True)
+    means = {name: float(total) / counts[name] for name, total in sums.items()} | {"hidden": sum(errors) / len(errors)}
+    return means | {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
 
 
-def _position_means(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Everything that is a mean over the masked positions. student, teacher (N, V); labels (N,)."""
-    guess, teacher_guess = student.argmax(-1), teacher.argmax(-1)  # (N,)
-    return {
-        "kl": prediction_loss(student, teacher),
-        "agreement": (guess == teacher_guess).float().mean(),
-        "mlm": mlm_loss(student, labels),
-        "teacher_mlm": mlm_loss(teacher, labels),
-        "accuracy": (guess == labels).float().mean(),
-        "teacher_accuracy": (teacher_guess == labels).float().mean(),
-    }
-
-
-def _attention_means(ours, theirs, heads: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """The attention's divergence in each layer, where heads can be paired."""
-    if heads is None and ours.attentions[0].num_heads != theirs.attentions[0].num_heads:
-        return {}
-    means = {}
-    for layer, pair in enumerate(zip(ours.attentions, theirs.attentions, strict=True), 1):
-        if heads is not None:
-            pair = [select_heads(recorded, heads[layer - 1]) for recorded in pair]
-        means[f"attention_{layer}"] = attention_divergence(*pair, attention_mask)
-    return means
+def _means(student, teacher, labels: Tensor, heads, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, mean and number of tokens of each measure, from the outputs on one batch; labels (N,), heads (L, Hs)."""
+    if len(labels):  # the mean over no token is not a number
+        top, teacher_top = student.logits.argmax(-1), teacher.logits.argmax(-1)  # (N,)
+        yield "kl", prediction_loss(student.logits, teacher.logits), len(labels)
+        yield "agreement", (top == teacher_top).float().mean(), len(labels)
+        yield "mlm", mlm_loss(student.logits, labels), len(labels)
+        yield "teacher_mlm", mlm_loss(teacher.logits, labels), len(labels)
+        yield "accuracy", (top == labels).float().mean(), len(labels)
+        yield "teacher_accuracy", (teacher_top == labels).float().mean(), len(labels)
+    tokens = student.hidden_states[0][..., 0].numel() if attention_mask is None else int(attention_mask.sum())
+    for layer, kept in enumerate(() if heads is None else heads):
+        pair = (select_heads(outputs.attentions[layer], kept) for outputs in (student, teacher))
+        yield f"attention_{layer + 1}", attention_divergence(*pair, attention_mask), tokens
 
 
 class _LinearFit:
-    """Least squares of teacher states on student states, from running sums: memory flat in tokens."""
+    """Least-squares fit of teacher states on student states, from running sums: memory does not grow with tokens."""
 
     def __init__(self):
         self.inner = self.cross = self.targets = 0.0  # X'X (Ds, Ds), X'Y (Ds, Dt), sum of Y^2
@@ -120,16 +104,12 @@ class _LinearFit:
         self.targets = self.targets + targets.square().sum()
         self.elements += targets.numel()
 
-    @property
-    def mean_square(self) -> float:
-        return float(self.targets) / self.elements
-
-    def residual(self) -> float:
-        """Mean squared error that the best linear map leaves; not a number if a state was not finite."""
+    def errors(self) -> tuple[float, float]:
+        """Mean squared error of the fit, and as a share of the targets' mean square; nan if a state was not finite."""
         if not torch.isfinite(self.inner).all():
-            return float("nan")
-        inner, cross = self.inner.cpu(), self.cross.cpu()  # this driver, which bears rank deficiency, is the CPU's
+            return float("nan"), float("nan")
+        inner, cross = self.inner.cpu(), self.cross.cpu()  # "gelsd" handles rank deficiency and exists on CPUs only
         weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt)
-        explained = (weights * cross).sum()
-        left = self.mean_square - float(explained) / self.elements
-        return 0.0 if left < 0 else left  # rounding can leave a little less than nothing
+        mean_square, explained = float(self.targets) / self.elements, float((weights * cross).sum()) / self.elements
+        error = max(mean_square - explained, 0.0)  # rounding can make the difference slightly negative
+        return error, error / mean_square

@@ -1,14 +1,15 @@
-"""The five terms of the distillation loss: small pure functions and their weighted sum.
+"""The five terms of the distillation loss and their weighted sum.
 
-Shapes: B batch, S tokens, N positions the loss looks at, V vocabulary, L layers, H heads, D hidden
-width (Dt of the teacher, Ds of the student). Every distillation term is exactly 0.0 for identical
-models in float32 without dropout; nothing here knows of pruning beyond following it.
+Shapes: B batch, S tokens, N loss positions, V vocabulary, L layers, H heads, D hidden width (Dt of the teacher, Ds of
+the student). Every distillation term is exactly 0.0 for identical models in float32 without dropout.
+
+Autograd would store several float32 copies of the logits and of all attention scores. The terms are computed in pieces
+that fit a cache instead, each with its gradient. Values equal those of `torch.nn.functional` up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,52 +17,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .fused import CrossEntropy, Divergence, ScoreDifference, StateDifference, at_least_float32
 from .narrowing import replace_parameter
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
 IGNORED = -100  # label of a position that is not predicted
-
-
-# Elements: 128 MiB in float32, 1,099 positions of BERT's vocabulary. Pieces of half of that halve the peak of BERT-base
-# at all of 8 x 128 positions and take 1.13 times as long, since the head is run once more on the way back.
-LOGITS_AT_ONCE = 2**25
+MAX_LOGITS = 2**25  # elements of a model's logits held at a time: 128 MiB in float32
+PIECE = {"cpu": 2**19}  # elements processed at a time: about the size of a cache
+PIECE_ELSEWHERE = 2**25  # a GPU is faster with few large pieces
 
 
 class LogitsInPieces(NamedTuple):
-    """Logits that are made where they are looked at, since all of them are more than should be held at once."""
+    """Logits that are too large to be held: the head runs on one slice of the loss positions at a time."""
 
     states: Tensor  # (N, D), last hidden states
     head: Callable[[Tensor], Tensor]  # (n, D) to (n, V)
     vocab_size: int
 
     @property
-    def pieces(self) -> list[slice]:
-        """The positions that are worked on together."""
-        size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+    def slices(self) -> list[slice]:
+        """Consecutive slices of the N positions, of at most `MAX_LOGITS` logits each."""
+        size = max(1, MAX_LOGITS // self.vocab_size)
         return [slice(start, start + size) for start in range(0, len(self.states), size)]
-
-    def at(self, rows: slice) -> Tensor:
-        return self.head(self.states[rows])
-
-    def all(self) -> Tensor:
-        return self.head(self.states)
 
 
 class QueryKey(NamedTuple):
-    """What a layer's attention scores are made of: (B, H, S, head_dim) each."""
+    """Queries and keys of one layer, (B, H, S, head_dim) each, from which its attention scores follow."""
 
     query: Tensor
     key: Tensor
-    attended: Tensor | None = None  # (1 or B, 1, S, S) of bool: which keys a query meets; None: all of them
-    scaling: float = 1.0  # of the query; kept apart, since a scaled copy of every layer's would be held for nothing
-
-    @property
-    def num_heads(self) -> int:
-        return self.query.shape[1]
+    attended: Tensor | None = None  # (1 or B, 1, S, S), bool: True where a query attends to a key; None: everywhere
+    scaling: float = 1.0  # factor of the query; kept apart to avoid storing a scaled copy
 
     def scores(self) -> Tensor:
-        """Attention scores before the softmax and without mask, (B, H, S, S)."""
+        """Attention scores before softmax and mask, (B, H, S, S)."""
         return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
     def of_heads(self, heads: Tensor) -> QueryKey:
@@ -69,19 +57,10 @@ class QueryKey(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A layer's attention scores themselves, (B, H, S, S), where they are more than a product of two."""
+    """Attention scores of one layer, (B, H, S, S), in families whose scores are more than query times key."""
 
     before_softmax: Tensor
     attended: Tensor | None = None  # as in QueryKey
-
-    @classmethod
-    def of(cls, masked: Tensor) -> Scores:
-        """From what goes into the softmax, where pairs that do not meet have about the lowest number there is."""
-        return cls(masked, (masked > torch.finfo(masked.dtype).min / 2)[:, :1])
-
-    @property
-    def num_heads(self) -> int:
-        return self.before_softmax.shape[1]
 
     def scores(self) -> Tensor:
         return self.before_softmax
@@ -91,34 +70,83 @@ class Scores(NamedTuple):
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the masked tokens, in nats, mean over them. logits (N, V), labels (N,)."""
-    return CrossEntropy.apply(logits, labels, IGNORED)
+    """Cross-entropy of the labelled tokens, in nats, mean over them. logits (N, V); labels (N,), -100 where none."""
+    labelled = labels != IGNORED
+    count = labelled.sum()
+
+    def piece(rows: slice, gradient: Tensor | None) -> Tensor:
+        log_probabilities = F.log_softmax(at_least_float32(logits[rows]), -1)  # (n, V)
+        label = labels[rows].clamp(min=0)[:, None]  # (n, 1)
+        value = -log_probabilities.gather(1, label).mul_(labelled[rows, None]).sum()
+        if gradient is not None:
+            probabilities = log_probabilities.exp_()
+            probabilities.scatter_add_(1, label, torch.full_like(label, -1, dtype=probabilities.dtype))
+            gradient[rows] = probabilities.mul_(labelled[rows, None]).div_(count)
+        return value
+
+    return _InPieces.apply(logits, piece, lambda total: total / count)
 
 
 def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) over the vocabulary, in nats, mean over positions; 0.0 if identical.
+    """T^2 KL(teacher || student) over the vocabulary, in nats, mean over positions; 0.0 for identical logits (N, V).
 
-    Args:
-        student, teacher: logits (N, V).
-        temperature: T, divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015).
+    The temperature T divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015).
     """
-    return Divergence.apply(student, teacher, temperature)
+
+    def piece(rows: slice, gradient: Tensor | None) -> Tensor:
+        log_student = F.log_softmax(at_least_float32(student[rows]) / temperature, -1)  # (n, V)
+        log_teacher = F.log_softmax(at_least_float32(teacher[rows]) / temperature, -1)  # (n, V)
+        probabilities = log_teacher.exp()
+        value = log_teacher.sub_(log_student).mul_(probabilities).sum()
+        if gradient is not None:
+            gradient[rows] = log_student.exp_().sub_(probabilities).mul_(temperature / len(student))
+        return value
+
+    return _InPieces.apply(student, piece, lambda total: total * (temperature**2 / len(student)))
 
 
 def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of (B, S, D) states over all elements of real tokens; 0.0 if identical."""
-    if attention_mask is None:
-        return StateDifference.apply(student, teacher)
-    real = attention_mask.bool()
-    return StateDifference.apply(student[real], teacher[real])
+    """Mean squared error of (B, S, D) states over all elements of real tokens; 0.0 for identical states.
+
+    `attention_mask` (B, S) is 1 for real tokens and 0 for padding, or None. The teacher has no gradient.
+    """
+    if attention_mask is not None:
+        student, teacher = (states[attention_mask.bool()] for states in (student, teacher))  # (N, D)
+
+    def piece(rows: slice, gradient: Tensor | None) -> Tensor:
+        difference = at_least_float32(student[rows]) - at_least_float32(teacher[rows])
+        value = difference.square().sum()
+        if gradient is not None:
+            gradient[rows] = difference.mul_(2 / student.numel())
+        return value
+
+    return _InPieces.apply(student, piece, lambda total: total / student.numel())
+
+
+class _InPieces(torch.autograd.Function):
+    """The mean over a tensor's rows of a loss, computed in pieces; the gradient is stored in the tensor's dtype.
+
+    `piece(rows, gradient)` returns the sum over these rows and writes gradient[rows] unless gradient is None.
+    """
+
+    @staticmethod
+    def forward(context, student: Tensor, piece: Callable, mean: Callable) -> Tensor:
+        gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
+        total = 0.0
+        for rows in pieces(student, student.shape[1:].numel()):
+            total = total + piece(rows, gradient)
+        context.save_for_backward(gradient)
+        return mean(total)
+
+    @staticmethod
+    def backward(context, gradient_of_loss: Tensor):
+        return context.saved_tensors[0] * gradient_of_loss, None, None
 
 
 def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None) -> Tensor:
-    """Mean squared error of (B, H, S, S) scores or probabilities; 0.0 if identical.
+    """Mean squared error of (B, H, S, S) scores or probabilities over heads and pairs of tokens; 0.0 if identical.
 
-    Args:
-        pairs: which pairs of tokens count, (1 or B, 1, S, S) of bool; None for all. The mean runs over them
-            and over all heads.
+    `pairs` (1 or B, 1, S, S) of bool is True for the pairs that count; None if all do.
     """
     if pairs is None:
         return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
@@ -126,36 +154,76 @@ def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor | None = None
     return difference.square().sum() / pairs.expand_as(student).sum()
 
 
-def attention_divergence(student, teacher, attention_mask: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) of what a token attends to, in nats, mean over heads and real tokens; 0.0 if identical.
+class ScoreDifference(torch.autograd.Function):
+    """`attention_loss` of scores, computed from queries and keys (B, H, S, head_dim); 0.0 if identical.
 
-    Unlike the difference of scores it ignores what the softmax ignores, a constant added to all of a row.
-
-    Args:
-        student, teacher: what one layer recorded, with the same heads.
+    The scores of a few sequences exist at a time. The backward pass needs the smaller of two things: the student's
+    gradients where its heads are narrower than the teacher's, else queries and keys, to recompute the scores.
     """
-    rows = [_masked(recorded.scores(), recorded.attended, attention_mask) for recorded in (student, teacher)]
-    rows = [scores.transpose(1, 2) for scores in rows]  # (B, S, H, S)
+
+    @staticmethod
+    def forward(context, query, key, teacher_query, teacher_key, scaling, teacher_scaling, pairs) -> Tensor:
+        batch, heads, length, _ = query.shape
+        counted = batch * length**2 if pairs is None else pairs.expand(batch, 1, length, length).sum()
+        context.count, context.scalings = heads * counted, (scaling, teacher_scaling)
+        compared = query, key, teacher_query, teacher_key, pairs
+        store = query.shape[-1] < teacher_query.shape[-1] and any(context.needs_input_grad)
+        total, gradients = _score_difference(*compared, *context.scalings, store)
+        context.save_for_backward(*gradients or compared)
+        return total / context.count
+
+    @staticmethod
+    def backward(context, gradient_of_loss: Tensor):
+        gradients = context.saved_tensors
+        if len(gradients) > 2:
+            _, gradients = _score_difference(*context.saved_tensors, *context.scalings, True)
+        factor = gradient_of_loss * 2 * context.scalings[0] / context.count
+        return (*(factor * gradient for gradient in gradients), None, None, None, None, None)
+
+
+def _score_difference(
+    query, key, teacher_query, teacher_key, pairs, scaling, teacher_scaling, differentiate: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum of squared differences over the pairs; its gradients for query and key, over 2 x scaling."""
+    total, gradients = 0.0, []
+    if differentiate:
+        gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key)]
+    with torch.autocast(query.device.type, enabled=False):  # the difference of near-equal products needs float32
+        for rows in pieces(query, query.shape[1] * query.shape[2] ** 2):
+            student_query, student_key = at_least_float32(query[rows]), at_least_float32(key[rows])
+            scores = at_least_float32(teacher_query[rows]) * teacher_scaling @ at_least_float32(teacher_key[rows]).mT
+            difference = (student_query * scaling @ student_key.mT).sub_(scores)  # (b, H, S, S)
+            if pairs is not None:
+                difference.masked_fill_(~(pairs if len(pairs) == 1 else pairs[rows]), 0.0)
+            total = total + difference.square().sum()
+            if differentiate:
+                gradients[0][rows] = difference @ student_key
+                gradients[1][rows] = difference.mT @ student_query
+    return total, gradients
+
+
+def attention_divergence(student, teacher, attention_mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of one layer's attention, in nats, mean over heads and real tokens; 0.0 if identical."""
+    pairs = pairs_that_count(student.attended, attention_mask)
+    rows = [_softmax_input(layer, pairs).transpose(1, 2) for layer in (student, teacher)]  # (B, S, H, S)
     if attention_mask is not None:
         rows = [scores[attention_mask.bool()] for scores in rows]  # (N, H, S)
     return prediction_loss(*(scores.flatten(0, -2) for scores in rows))
 
 
 def pairs_that_count(attended: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """Pairs of tokens that are real and meet in this layer, (1 or B, 1, S, S) of bool; None for all.
+    """The pairs of real tokens that attend to each other in a layer, (1 or B, 1, S, S) of bool; None for all.
 
-    A causal model leaves out the future, local attention what lies outside its window: what it would
-    score there has no effect, so it is nothing to imitate.
+    Pairs outside a causal mask or a local window have no effect on the model, so they are not compared.
     """
     if attention_mask is None:
         return attended
-    real = attention_mask.bool()
-    real = real[:, None, :, None] & real[:, None, None, :]
+    real = attention_mask.bool()  # (B, S)
+    real = real[:, None, :, None] & real[:, None, None, :]  # (B, 1, S, S)
     return real if attended is None else real & attended
 
 
-@dataclass(frozen=True)
-class LossTerms:
+class LossTerms(NamedTuple):
     """The weighted sum and each term before weighting; None for a term whose weight is 0."""
 
     total: Tensor
@@ -166,30 +234,26 @@ class LossTerms:
     embedding: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """The terms that were computed, by name, the total first, without their graph."""
-        return {name: value.detach() for name, value in vars(self).items() if value is not None}
+        """The computed terms by name, the total first, detached."""
+        return {name: value.detach() for name, value in self._asdict().items() if value is not None}
 
 
 class DistillationLoss(nn.Module):
-    """mlm + prediction + hidden + attention + embedding, each with its weight (HomoDistil, total loss).
+    """mlm + prediction + hidden + attention + embedding, each times its weight (HomoDistil, total loss).
 
-    The hidden and embedding terms compare in the teacher's space, through one learned projection
-    (Ds, Dt) for each layer and one for the embedding output. They start as the identity, so that both
-    terms are exactly 0.0 while the student is its teacher, and lose rows as the student loses neurons.
+    The hidden and embedding terms compare in the teacher's space, through one learned projection (Ds, Dt) for each
+    layer and one for the embeddings. Projections start as the identity, so that both terms are exactly 0.0 while the
+    student equals its teacher. They lose rows as the student loses neurons.
 
     Args:
-        hidden_size: Dt.
-        num_layers: L.
-        mlm, prediction, hidden, attention, embedding: weights, at least 0. A term of weight 0 is not
-            computed.
-        temperature: of the prediction term.
-        attention_target: "scores" before the softmax (TinyBERT's choice), or "probs" after it.
-        positions: "masked", the prediction term where labels are; or "all" real tokens.
-        student_hidden_size: Ds at the start, if the student is narrower already.
-        num_heads: H, of the teacher.
+        hidden_size, num_layers, num_heads: Dt, L and H of the teacher.
+        mlm, prediction, hidden, attention, embedding: weights, at least 0. A term of weight 0 is not computed.
+        temperature: T of the prediction term.
+        attention_target: "scores" before the softmax (as in TinyBERT), or "probs" after it.
+        positions: where predictions are compared: "masked", at the labelled tokens, or "all" real tokens.
+        student_hidden_size: Ds at the start; None: Dt.
 
-    Raises:
-        ValueError: a negative weight, no positive one, or an unknown choice.
+    Raises ValueError for a negative weight, no positive one, or an unknown choice.
     """
 
     def __init__(
@@ -211,7 +275,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.weights = dict(zip(TERMS, (mlm, prediction, hidden, attention, embedding), strict=True))
         if min(self.weights.values()) < 0 or max(self.weights.values()) == 0:
-            raise ValueError(f"loss weights are at least 0 and not all 0; got {self.weights}")
+            raise ValueError(f"loss weights must be at least 0 and not all 0; got {self.weights}")
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0; got {temperature}")
         if attention_target not in ("scores", "probs"):
@@ -222,167 +286,165 @@ class DistillationLoss(nn.Module):
         identity = torch.eye(student_hidden_size or hidden_size, hidden_size)  # (Ds, Dt)
         self.embedding_projection = nn.Parameter(identity.clone())
         self.hidden_projections = nn.ParameterList(identity.clone() for _ in range(num_layers))
-        # Which of the teacher's heads each of the student's heads is: (L, H)
+        # (L, H): the index of the teacher's head that each head of the student started as
         self.register_buffer("heads", torch.arange(num_heads).repeat(num_layers, 1))
 
     def forward(self, student, teacher, labels: Tensor, attention_mask: Tensor | None = None) -> LossTerms:
-        """Compare two models on one batch.
+        """Compare the outputs of two models on one batch.
 
         Args:
-            student, teacher: Hugging Face outputs with `logits`, `hidden_states` (L + 1 of them) and
-                `attentions`, as `hdlib.forward` gives them: L QueryKey pairs. The logits are (B, S, V),
-                or (N, V) for the positions the loss looks at, in pieces on both sides or on none. Attention
-                probabilities (B, H, S, S) do for attention_target="probs". The teacher may be None where the
-                loss `compares` nothing.
+            student, teacher: outputs of `hdlib.forward`. Logits are (B, S, V), or (N, V) at the loss positions, in
+                pieces for both models or for none. With attention_target="probs", eager attentions (B, H, S, S) will
+                do. The teacher may be None if the loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
 
         Raises:
-            ValueError: no label at all; layers missing or not the same number on both sides (an empty
-                tuple would make a term silently 0); logits of another number of positions.
+            ValueError: no label; another number of logits or layers than needed (SDPA alone returns no attentions).
         """
-        weights, terms = self.weights, {}
+        weights, terms, layers = self.weights, {}, len(self.heads)
         if not (labels != IGNORED).any():
             raise ValueError("no position of this batch has a label: nothing was masked")
         if weights["mlm"] or weights["prediction"]:
-            loss_positions = self.loss_positions(labels, attention_mask)
-            labelled = labels[loss_positions]  # (N,), -100 where only the prediction term looks
-            ours = _at(student.logits, loss_positions, "student")
-            theirs = _at(teacher.logits, loss_positions, "teacher") if weights["prediction"] else None
-            whole = not isinstance(ours, LogitsInPieces)
-            terms |= (self._over_vocabulary if whole else self._in_pieces)(ours, theirs, labelled)
+            terms |= self._vocabulary_terms(student, teacher, labels, attention_mask)
         if weights["hidden"] or weights["embedding"]:
-            _same_layers("hidden states", student.hidden_states, teacher.hidden_states, len(self.heads) + 1)
+            (embedded, target), *states = _paired("hidden_states", student, teacher, layers + 1)
         if weights["hidden"]:
             terms["hidden"] = sum(
-                state_loss(_in_teacher_space(states, projection, target), target, attention_mask)
-                for projection, states, target in zip(
-                    self.hidden_projections, student.hidden_states[1:], teacher.hidden_states[1:], strict=True
-                )
+                state_loss(_in_teacher_space(*pair, projection), pair[1], attention_mask)
+                for pair, projection in zip(states, self.hidden_projections, strict=True)
             )
         if weights["attention"]:
-            _same_layers("attentions", student.attentions, teacher.attentions, len(self.heads))
+            attentions = _paired("attentions", student, teacher, layers)
             terms["attention"] = sum(
-                self._attention(ours, theirs, heads, attention_mask)
-                for heads, ours, theirs in zip(self.heads, student.attentions, teacher.attentions, strict=True)
+                self._attention_term(*pair, heads, attention_mask)
+                for pair, heads in zip(attentions, self.heads, strict=True)
             )
         if weights["embedding"]:
-            projected = student.hidden_states[0] @ self.embedding_projection  # (B, S, Dt)
-            terms["embedding"] = state_loss(projected, teacher.hidden_states[0], attention_mask)
+            terms["embedding"] = state_loss(embedded @ self.embedding_projection, target, attention_mask)  # (B, S, Dt)
         return LossTerms(total=sum(weights[name] * value for name, value in terms.items()), **terms)
 
     @property
     def compares(self) -> bool:
-        """Whether any term looks at the teacher at all; language modelling alone does not."""
+        """Whether any term needs the teacher's outputs; the mlm term does not."""
         return any(self.weights[name] for name in TERMS if name != "mlm")
 
     def loss_positions(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The positions whose logits the loss needs, (B, S) of bool."""
+        """The positions at which the loss needs logits, (B, S) of bool."""
         if self.positions == "masked":
             return labels != IGNORED
         return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
     @torch.no_grad()
     def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Let projections and head pairing follow a prune; `kept` is what `hdlib.narrow` returned."""
+        """Slice projections, their moments in the optimiser, and `heads`; `kept` is the result of `hdlib.narrow`."""
 
-        def rows(tensor):
+        def rows(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, kept["hidden"].to(tensor.device))
 
-        layers = [kept[f"layer.{layer}.heads"].to(self.heads.device) for layer in range(len(self.heads))]
-        self.heads = torch.stack([heads[keep] for heads, keep in zip(self.heads, layers, strict=True)])
-        if "hidden" not in kept:  # a family whose hidden width cannot change
+        layers = range(len(self.heads))
+        heads = torch.stack([kept[f"layer.{layer}.heads"] for layer in layers])  # (L, H)
+        self.heads = self.heads.gather(1, heads.to(self.heads.device))
+        if "hidden" not in kept:  # a family whose hidden width is fixed
             return
-        sites = [(self, "embedding_projection")] + [(self.hidden_projections, str(i)) for i in range(len(self.heads))]
-        for module, name in sites:
+        for module, name in [(self, "embedding_projection"), *((self.hidden_projections, str(i)) for i in layers)]:
             old = module._parameters[name]
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
 
-    def _over_vocabulary(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        """The two terms over the words, from logits (N, V) and labels (N,)."""
-        terms = {}
-        if self.weights["mlm"]:
-            terms["mlm"] = mlm_loss(student, labels)
+    def _vocabulary_terms(self, student, teacher, labels: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """The mlm and prediction terms; with logits in pieces, the backward pass recomputes them slice by slice."""
+        loss_positions = self.loss_positions(labels, attention_mask)
+        labels = labels[loss_positions]  # (N,), -100 where there is only a prediction term
+        student = _logits_at(loss_positions, student.logits, "student")
+        teacher = _logits_at(loss_positions, teacher.logits, "teacher") if self.weights["prediction"] else None
+        if isinstance(student, Tensor):
+            return self._means(student, teacher, labels)
+
+        def means(rows: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                teacher_logits = None if teacher is None else teacher.head(teacher.states[rows])  # (n, V)
+            return self._means(student.head(student.states[rows]), teacher_logits, labels[rows])
+
+        counted = {"mlm": labels != IGNORED, "prediction": torch.ones_like(labels, dtype=torch.bool)}
+        sums = dict.fromkeys(counted, 0.0)
+        for rows in student.slices:
+            for name, mean in checkpoint(means, rows, use_reentrant=False, preserve_rng_state=False).items():
+                if counted[name][rows].any():  # the mean over no element is not a number
+                    sums[name] = sums[name] + mean * counted[name][rows].sum()
+        return {name: total / counted[name].sum() for name, total in sums.items() if self.weights[name]}
+
+    def _means(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        """The mlm and prediction terms of logits (N, V) and labels (N,)."""
+        terms = {"mlm": mlm_loss(student, labels)} if self.weights["mlm"] else {}
         if self.weights["prediction"]:
             terms["prediction"] = prediction_loss(student, teacher, self.temperature)
         return terms
 
-    def _in_pieces(self, student: LogitsInPieces, teacher: LogitsInPieces | None, labels: Tensor) -> dict[str, Tensor]:
-        """The same, where the logits of some positions exist at a time; they are made once more on the way back."""
-
-        def at(rows: slice) -> dict[str, Tensor]:
-            with torch.no_grad():
-                theirs = None if teacher is None else teacher.at(rows)  # (n, V)
-            return self._over_vocabulary(student.at(rows), theirs, labels[rows])
-
-        counted = {"mlm": labels != IGNORED, "prediction": torch.ones_like(labels, dtype=torch.bool)}
-        sums = dict.fromkeys(counted, 0.0)
-        for rows in student.pieces:
-            for name, mean in checkpoint(at, rows, use_reentrant=False, preserve_rng_state=False).items():
-                if counted[name][rows].any():  # the mean over nothing is none
-                    sums[name] = sums[name] + mean * counted[name][rows].sum()
-        return {name: total / counted[name].sum() for name, total in sums.items() if self.weights[name]}
-
-    def _attention(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The attention term of one layer, from what the two models recorded."""
-        compared = [select_heads(recorded, heads) for recorded in (student, teacher)]
-        if all(isinstance(recorded, Tensor) for recorded in compared):
+    def _attention_term(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The attention term of one layer, from its record in each model."""
+        layers = [select_heads(layer, heads) for layer in (student, teacher)]
+        if all(isinstance(layer, Tensor) for layer in layers):
             if self.attention_target == "scores":
                 raise ValueError(
-                    "the attention term needs scores before the softmax, but these outputs hold probabilities: "
-                    'use hdlib.forward, or attention_target="probs"'
+                    'the outputs hold no scores before the softmax: use hdlib.forward, or the target "probs"'
                 )
-            return attention_loss(*compared, pairs_that_count(None, attention_mask))
+            return attention_loss(*layers, pairs_that_count(None, attention_mask))
         pairs = pairs_that_count(student.attended, attention_mask)
-        if self.attention_target == "scores" and all(isinstance(recorded, QueryKey) for recorded in compared):
-            (query, key, _, scaling), (their_query, their_key, _, their_scaling) = compared
-            return ScoreDifference.apply(query, key, their_query, their_key, scaling, their_scaling, pairs)
-        scores = [recorded.scores() for recorded in compared]
         if self.attention_target == "probs":
-            scores = [_masked(each, student.attended, attention_mask).softmax(-1) for each in scores]
-        return attention_loss(*scores, pairs)
+            return attention_loss(*(_softmax_input(layer, pairs).softmax(-1) for layer in layers), pairs)
+        if not all(isinstance(layer, QueryKey) for layer in layers):
+            return attention_loss(*(layer.scores() for layer in layers), pairs)
+        (query, key, _, scaling), (teacher_query, teacher_key, _, teacher_scaling) = layers
+        return ScoreDifference.apply(query, key, teacher_query, teacher_key, scaling, teacher_scaling, pairs)
 
 
-def _masked(scores: Tensor, attended: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """What goes into the softmax, (B, H, S, S); the lowest finite number, since a row may have nothing to attend to."""
-    lowest = torch.finfo(scores.dtype).min
-    if attended is not None:
-        scores = scores.masked_fill(~attended, lowest)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask.bool()[:, None, None, :], lowest)
-    return scores
+def _softmax_input(layer: QueryKey | Scores, pairs: Tensor | None) -> Tensor:
+    """Masked scores, (B, H, S, S); the mask is the lowest finite number, since padding has no key to attend to."""
+    scores = layer.scores()
+    return scores if pairs is None else scores.masked_fill(~pairs, torch.finfo(scores.dtype).min)
 
 
-def _in_teacher_space(states: Tensor, projection: Tensor, target: Tensor) -> Tensor:
-    """(B, S, Ds) to (B, S, Dt). A state that has the teacher's width for good needs no projection.
-
-    OPT-350m has such a one: its last state is projected to the width of its embeddings, which stays.
-    """
+def _in_teacher_space(states: Tensor, target: Tensor, projection: Tensor) -> Tensor:
+    """(B, S, Ds) to (B, S, Dt). A state of fixed width needs no projection, such as the last one of OPT-350m."""
     fixed = states.shape[-1] == target.shape[-1] != projection.shape[1]
     return states if fixed else states @ projection
 
 
-def _at(logits: Tensor | LogitsInPieces, positions: Tensor, who: str) -> Tensor | LogitsInPieces:
-    """The logits of the positions looked at, (N, V), whether the model gave all of them or only those."""
+def _logits_at(loss_positions: Tensor, logits: Tensor | LogitsInPieces, model: str) -> Tensor | LogitsInPieces:
+    """Logits at the N loss positions, from logits at those positions or at all (B, S)."""
     if isinstance(logits, Tensor) and logits.dim() == 3:
-        return logits[positions]
-    given = len(logits.states if isinstance(logits, LogitsInPieces) else logits)
-    if given != int(positions.sum()):
-        raise ValueError(f"the {who} gave logits for {given} positions, the loss looks at {int(positions.sum())}")
+        return logits[loss_positions]  # (N, V)
+    given, expected = len(logits.states if isinstance(logits, LogitsInPieces) else logits), int(loss_positions.sum())
+    if given != expected:
+        raise ValueError(f"the {model} has logits at {given} positions, the loss needs {expected}: pass loss_positions")
     return logits
 
 
-def select_heads(recorded, heads: Tensor):
-    """The teacher's heads that the student still has, in its order; nothing to select where no others are left."""
-    if isinstance(recorded, Tensor):  # probabilities (B, H, S, S)
-        return recorded if recorded.shape[1] == len(heads) else recorded[:, heads]
-    return recorded if recorded.num_heads == len(heads) else recorded.of_heads(heads)
+def select_heads(layer: Tensor | QueryKey | Scores, heads: Tensor) -> Tensor | QueryKey | Scores:
+    """The given heads of one layer; the layer itself if it has no others."""
+    scores_or_query = layer if isinstance(layer, Tensor) else layer[0]  # (B, H, ...)
+    if scores_or_query.shape[1] == len(heads):
+        return layer
+    return layer[:, heads] if isinstance(layer, Tensor) else layer.of_heads(heads)
 
 
-def _same_layers(what: str, student, teacher, expected: int) -> None:
-    counts = [0 if layers is None else len(layers) for layers in (student, teacher)]
-    if counts != [expected, expected]:
+def _paired(name: str, student, teacher, expected: int) -> list[tuple]:
+    """What both models recorded under this name, layer by layer. Raises ValueError for another number of layers."""
+    layers = [getattr(outputs, name) or () for outputs in (student, teacher)]
+    if [len(each) for each in layers] != [expected, expected]:
         raise ValueError(
-            f"the loss compares {expected} {what}, but the student gave {counts[0]} and the teacher {counts[1]}; "
-            "hdlib.forward makes a model record them"
+            f"the loss compares {expected} {name.replace('_', ' ')}, but the student gave {len(layers[0])} and the "
+            f"teacher {len(layers[1])}: pass the outputs of hdlib.forward"
         )
+    return list(zip(*layers, strict=True))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision to float32: it is too coarse for the difference of near-equal numbers."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def pieces(tensor: Tensor, elements: int) -> Iterator[slice]:
+    """Slices of a tensor's first dimension whose entries stand for `elements` elements each."""
+    size = max(1, PIECE.get(tensor.device.type, PIECE_ELSEWHERE) // elements)
+    return (slice(start, start + size) for start in range(0, len(tensor), size))

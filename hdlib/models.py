@@ -1,11 +1,12 @@
-"""Teachers, students as their copies, and the one forward that records what the loss compares."""
+"""Teachers, students as their copies, and the forward pass that records what the loss compares."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
-from os.path import exists
+from os.path import exists, expanduser
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,113 +32,116 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import logging
 
 from .families import FAMILIES
-from .losses import LogitsInPieces, QueryKey, Scores
-from .widths import UnsupportedArchitecture, Widths, family, set_widths, unsupported
+from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
+from .widths import Widths, family, set_widths, unsupported
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
-RECORDING = "hdlib_recording"  # the name our attention function is registered under
-SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python out of a model's folder
-# Vocabularies are often padded to a round number of rows; this many unused rows are no mismatch.
-UNUSED_ROWS = 1024
+RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
+SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python from a model's folder
+UNUSED_ROWS = 1024  # accepted rows of the embedding without a token, since vocabularies are often padded
 
 
 def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pre-trained language model, masked or causal, and its tokenizer.
+    """A pre-trained masked or causal language model, in float32 and in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: "embedded" for the small teacher that comes with the library, a local folder, or a
-            model name on the hub.
-
-    Returns:
-        (model, tokenizer): the model in float32 whatever it is stored in, in eval mode.
+        name_or_path: "embedded" for the small teacher of this library, a local folder, or a model's name on the hub.
 
     Raises:
-        FileNotFoundError: a path that is not there, or a hub name that cannot be reached.
-        ValueError: no language-model head in the checkpoint (names the missing weights), or a
-            tokenizer of another vocabulary.
+        FileNotFoundError: a path that does not exist, or a hub name that cannot be reached.
+        ValueError: a checkpoint without language-model head, or a tokenizer of another vocabulary.
         UnsupportedArchitecture: a family without a table of width groups.
     """
-    source = _source(name_or_path)
-    _check_reachable(source)
+    config = shape_of(name_or_path)
+    auto, source = language_model_class(config), config.name_or_path
     try:
-        auto_class = language_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        with no_progress_bars() if exists(source) else nullcontext():  # a download is worth a bar
-            model, report = auto_class.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING
-            )
+        with no_progress_bars() if exists(source) else nullcontext():  # a download keeps its progress bar
+            model, report = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UnsupportedArchitecture:
-        raise
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {error}") from error
     family(model)
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
+    if missing := [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(report[kind], key=str)]:
         raise ValueError(
-            f"the checkpoint {source} lacks weights that a language model needs: {', '.join(missing)}. "
-            "They would be random, and a teacher that guesses teaches nothing: "
-            "take a checkpoint that was saved with its language-model head."
+            f"the checkpoint {source} lacks weights, which would be random: {', '.join(missing)}. "
+            "Use a checkpoint that was saved with its language-model head."
         )
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
 
 
 def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
-    """The config of a teacher, without its weights. Arguments as for `load_teacher`.
+    """The config of a teacher, without its weights. Arguments and errors as for `load_teacher`."""
+    source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else expanduser(name_or_path)
 
-    Raises:
-        FileNotFoundError: a path that is not there, or a hub name that cannot be reached.
-        ValueError: no config of a model that Transformers knows.
-    """
-    source = _source(name_or_path)
-    _check_reachable(source)
+    def ask():
+        return try_to_load_from_cache(source, "config.json") or HfApi().model_info(source, timeout=5)
+
+    check_reachable(source, False, ask, "model")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no config of a model could be read from {source}: {error}") from error
+        raise ValueError(f"no language model could be read from {source}: {error}") from error
+
+
+def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: str) -> None:
+    """Raise FileNotFoundError for a path that does not exist, or a hub name that cannot be reached.
+
+    `cached` is True if the hub's files are on this machine; otherwise `ask` requests them and raises if that fails.
+    `what`, "model" or "data set", is for the message.
+    """
+    if exists(source) or cached:
+        return
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    try:
+        ask()
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source!r} is no local file or folder, and no {what} of that name could be reached on the hub "
+            f'({type(error).__name__}). Pass an existing path, or "embedded".'
+        ) from error
 
 
 def language_model_class(config: PreTrainedConfig) -> type:
-    """The auto class that opens a model of this family with its language-model head."""
+    """The auto class that loads a model of this family with its language-model head."""
     if config.model_type not in FAMILIES:
         raise unsupported(config.model_type)
     return AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModelForMaskedLM
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise ValueError unless tokenizer and model can belong together."""
+    """Raise ValueError if the tokenizer cannot be that of the model."""
     rows, tokens = model.config.vocab_size, len(tokenizer)
+    pad, pad_of_model = tokenizer.pad_token_id, model.config.pad_token_id
     if tokens > rows or rows - tokens > UNUSED_ROWS:
-        raise ValueError(
-            f"tokenizer and teacher do not belong together: the tokenizer has {tokens} entries, the teacher's "
-            f"embedding {rows} rows. Take the tokenizer that was saved with the teacher."
-        )
-    if tokenizer.mask_token_id is None and not family(model).causal:
-        raise ValueError("the tokenizer has no mask token: masked language modelling needs one")
-    pads = (tokenizer.pad_token_id, model.config.pad_token_id)
-    if None not in pads and pads[0] != pads[1]:
-        raise ValueError(
-            f"tokenizer and teacher do not belong together: padding is token {pads[0]} for the tokenizer and "
-            f"{pads[1]} for the teacher."
-        )
+        mismatch = f"the tokenizer has {tokens} entries, the teacher's embedding {rows} rows"
+    elif tokenizer.mask_token_id is None and not family(model).causal:
+        mismatch = "the tokenizer has no mask token"
+    elif None not in (pad, pad_of_model) and pad != pad_of_model:
+        mismatch = f"the padding token is {pad} for the tokenizer and {pad_of_model} for the teacher"
+    else:
+        return
+    raise ValueError(
+        f"tokenizer and teacher do not belong together: {mismatch}. Use the tokenizer saved with the teacher."
+    )
 
 
 def num_positions(model: PreTrainedModel) -> int:
-    """The longest sequence that a model has positions for."""
+    """The length of the longest sequence, in tokens, that the model has positions for."""
     positions = model.config.max_position_embeddings
     return positions - model.config.pad_token_id - 1 if family(model).positions_after_padding else positions
 
 
 def check_length(length: int, model: PreTrainedModel) -> None:
-    """Raise ValueError unless a model has positions for blocks of so many tokens."""
-    positions = num_positions(model)
-    if length > positions:
-        raise ValueError(f"blocks have {length} tokens, the teacher only {positions} positions")
+    """Raise ValueError if blocks of this length, in tokens, are longer than the model's positions."""
+    if length > (positions := num_positions(model)):
+        raise ValueError(f"blocks have {length} tokens, the teacher only {positions} positions: make shorter blocks")
 
 
 @contextmanager
-def no_progress_bars():
-    """Small models are read and written at once: no progress bars of Transformers meanwhile."""
+def no_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of Transformers while small models are read or written."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -148,29 +152,23 @@ def no_progress_bars():
 
 
 def frozen_copy(teacher: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """The teacher as a run reads it: float32, eval mode, without gradients, on `device`.
-
-    The caller's teacher stays as it is; weights that are in float32 on `device` already are shared, not copied.
-    """
-    memo = {
-        id(parameter): torch.nn.Parameter(parameter.detach().to(device, torch.float32), requires_grad=False)
-        for parameter in teacher.parameters()
-    }
-    memo |= {id(buffer): buffer.to(device) for buffer in teacher.buffers()}
+    """A float32 copy on `device` in eval mode, without gradients; weights of that dtype and device are shared."""
+    memo = {id(buffer): buffer.to(device) for buffer in teacher.buffers()}
+    for parameter in teacher.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to(device, torch.float32), requires_grad=False)
     return deepcopy(teacher, memo).eval()
 
 
 def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
-    """The student at step 0: a copy of the teacher with float32 weights, all of them trainable.
+    """The student at step 0: a copy of the teacher with trainable float32 weights, in eval mode.
 
-    It is in eval mode and is trained in it: dropout stays off, so that identical models give identical
-    outputs, while the config keeps the teacher's dropout for whoever fine-tunes the result.
+    Training keeps eval mode: without dropout, identical models give identical outputs.
     """
     return deepcopy(teacher).float().requires_grad_(True).eval()
 
 
 def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTrainedModel:
-    """A student of the teacher's family and of these widths that was never the teacher: the stock initialisation."""
+    """A student of the teacher's family and of these widths, with the stock random initialisation."""
     config = deepcopy(teacher.config)
     set_widths(teacher, config, widths)
     with torch.random.fork_rng():
@@ -180,21 +178,23 @@ def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTr
 
 
 @contextmanager
-def recording(*models: PreTrainedModel):
-    """Let models hand back what their attention scores are made of, then restore how they attended.
+def recording(*models: PreTrainedModel) -> Iterator[None]:
+    """Let models return the inputs of their attention scores; restore their attention function afterwards.
 
-    Eager attention would hold (B, H, S, S) probabilities; SDPA hands back nothing. This runs SDPA and
-    returns queries and keys. Outputs are those of SDPA. The few families that have no SDPA (their scores
-    are more than a product of queries and keys) go on attending eagerly: `forward` takes the scores there.
+    SDPA returns no attentions, and eager attention would store probabilities (B, H, S, S). The registered function
+    runs SDPA and returns queries and keys. The few families without SDPA run eagerly: `forward` records their scores.
     """
-    before = [model.config._attn_implementation for model in models]
+    changed = []
     for model in models:
-        model.set_attn_implementation(RECORDING if model._supports_sdpa else "eager")
+        before, recorder = model.config._attn_implementation, RECORDING if model._supports_sdpa else "eager"
+        if before != recorder:
+            changed.append((model, before))
+            model.set_attn_implementation(recorder)
     try:
         yield
     finally:
-        for model, implementation in zip(models, before, strict=True):
-            model.set_attn_implementation(implementation)
+        for model, before in changed:
+            model.set_attn_implementation(before)
 
 
 def forward(
@@ -205,33 +205,32 @@ def forward(
     *,
     in_pieces: bool = False,
 ) -> MaskedLMOutput:
-    """Run a model so that its outputs hold everything `DistillationLoss` compares.
+    """Run a model and return everything that `DistillationLoss` compares.
 
     Args:
         model: a model of a supported family with its head.
         input_ids: (B, S).
-        positions: (B, S) of bool; the head runs at these N positions only and the logits are (N, V).
-            None: everywhere, (B, S, V).
-        attention_mask: (B, S), or None if there is no padding.
-        in_pieces: where the N positions have more logits than should be held at once, give LogitsInPieces.
+        positions: (B, S) of bool, the N loss positions: the head runs there only. None: everywhere.
+        attention_mask: (B, S), 1 for real tokens and 0 for padding; None if there is no padding.
+        in_pieces: return LogitsInPieces if the logits (N, V) are too large to be held.
 
     Returns:
-        Hugging Face outputs with `logits`, `hidden_states` (L + 1 of (B, S, D)) and `attentions` (L
-        QueryKey pairs, or Scores where the family has no SDPA).
+        Hugging Face outputs with `logits` (N, V) or (B, S, V), `hidden_states` (L + 1 of (B, S, D)) and
+        `attentions` (L of QueryKey, or of Scores for a family without SDPA).
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family(model).causal:
         inputs["use_cache"] = False
-    with _recording_once(model), _SoftmaxInputs(not model._supports_sdpa) as seen:
+    eager = None if model._supports_sdpa else _SoftmaxInputs()
+    with recording(model), eager or nullcontext():
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
-    attentions = tuple(Scores.of(scores) for scores in seen.scores) or outputs.attentions
-    states = outputs.last_hidden_state  # (B, S, D)
-    if positions is None:
+    attentions = tuple(eager.layers) if eager else outputs.attentions
+    states = (
+        outputs.last_hidden_state if positions is None else outputs.last_hidden_state[positions]
+    )  # (B, S, D) or (N, D)
+    logits = LogitsInPieces(states, partial(head, model), model.config.vocab_size)
+    if positions is None or not in_pieces or len(logits.slices) == 1:
         logits = head(model, states)
-    else:
-        logits = LogitsInPieces(states[positions], partial(head, model), model.config.vocab_size)
-        if not in_pieces or len(logits.pieces) == 1:
-            logits = logits.all()
     return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=attentions)
 
 
@@ -241,92 +240,47 @@ def base_model(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits (..., V) from last hidden states (..., D), whatever a stock class does on the way.
-
-    Its own forward is run, with these states for what its base model answers. The vocabulary is the most expensive
-    layer: at 15 % of the positions it costs 15 %, and no (B, S, V) tensor is ever made.
-    """
-    row = states.reshape(1, -1, states.shape[-1])
-    answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
-    with patch.object(base_model(model), "forward", lambda *arguments, **options: answer):
-        logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long)).logits
+    """Logits (..., V) from last hidden states (..., D): the model's own forward, with its base model replaced."""
+    row = states.reshape(1, -1, states.shape[-1])  # (1, N, D)
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
+    with patch.object(base_model(model), "forward", lambda *arguments, **options: output):
+        logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long)).logits  # (1, N, V)
     return logits.view(*states.shape[:-1], logits.shape[-1])
 
 
-@contextmanager
-def _recording_once(model: PreTrainedModel):
-    """`recording`, unless the caller has switched the model already (the loop does, once for all steps)."""
-    if model.config._attn_implementation == RECORDING:
-        yield
-    else:
-        with recording(model):
-            yield
-
-
 class _SoftmaxInputs(TorchFunctionMode):
-    """What goes into the softmax over keys, layer by layer: the attention scores of an eager model."""
+    """Records the attention scores of an eager model's layers: the inputs of the softmax over keys."""
 
-    def __init__(self, watch: bool):
+    def __init__(self):
         super().__init__()
-        self.watch, self.scores = watch, []
+        self.layers = []
 
     def __torch_function__(self, function, types, arguments=(), options=None):
-        if self.watch and function is softmax and arguments[0].dim() == 4:
-            self.scores.append(arguments[0])  # (B, H, S, S)
+        if function is softmax and arguments[0].dim() == 4:
+            scores = arguments[0]  # (B, H, S, S); about the lowest number of the dtype outside the mask
+            self.layers.append(Scores(scores, (scores > torch.finfo(scores.dtype).min / 2)[:, :1]))
         return function(*arguments, **(options or {}))
 
 
-def _attend_and_record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA that also hands back query and key, which of them meet, and the scale of their products.
-
-    On CPUs, SDPA's backward is several times slower in bfloat16 than in float32, so it runs in float32.
-    """
-    kwargs.pop("output_attentions", None)  # SDPA would warn that it cannot; this function is how we can
+def _attend_and_record(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA in Transformers' attention signature; returns (output, QueryKey)."""
+    kwargs.pop("output_attentions", None)  # SDPA would warn that it cannot return them
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     recorded = query, key
-    if query.device.type == "cpu":
-        query, key, value = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key, value))
-    if torch.is_grad_enabled():  # what SDPA's backward holds costs nothing to hand back; else the smaller is
+    if query.device.type == "cpu":  # where the backward pass of SDPA is several times slower in bfloat16
+        query, key, value = (at_least_float32(each) for each in (query, key, value))
+    if torch.is_grad_enabled():  # SDPA's backward stores these; without gradients the smaller ones are recorded
         recorded = query, key
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key = recorded
-    if key.shape[1] != query.shape[1]:  # several query heads to a key head
+    if key.shape[1] != query.shape[1]:  # grouped-query attention: repeat the key heads
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return output, QueryKey(query, key, _attended(module, query, attention_mask), scaling)
-
-
-def _attended(module, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """Which keys each query meets, (1 or B, 1, S, S) of bool; None for all of them."""
-    if attention_mask is not None:
-        return attention_mask
-    if not module.is_causal:
-        return None
-    length = query.shape[2]
-    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    attended = attention_mask  # (B, 1, S, S) of bool
+    if attended is None and module.is_causal:
+        attended = torch.ones(query.shape[2:3] * 2, dtype=torch.bool, device=query.device).tril()[None, None]
+    return output, QueryKey(query, key, attended, scaling)
 
 
 AttentionInterface.register(RECORDING, _attend_and_record)
 AttentionMaskInterface.register(RECORDING, sdpa_mask)
-
-
-def _source(name_or_path: str | Path) -> str:
-    return str(EMBEDDED_TEACHER) if name_or_path == "embedded" else str(name_or_path)
-
-
-def _check_reachable(source: str) -> None:
-    """Fail in words, and at once, for a path that is not there or a hub that cannot be reached."""
-    if exists(source):
-        return
-    if source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no folder {source}")
-    try:
-        if not try_to_load_from_cache(source, "config.json"):
-            HfApi().model_info(source, timeout=5)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{source!r} is no local folder, and the hub could not be asked for a model of that name "
-            f'({type(error).__name__}). Pass a local folder saved by save_pretrained, or "embedded".'
-        ) from error

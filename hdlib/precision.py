@@ -1,8 +1,8 @@
-"""Which precision the matrix products of a machine are fast in."""
+"""The precision of matrix products: float32, or bfloat16 where it is faster."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from time import perf_counter
@@ -12,44 +12,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-PAYS = 1.2  # times faster; below that, what casting costs eats it up
+MINIMUM_GAIN = 1.2  # of bfloat16 over float32; below it, casts cost more time than they save
 
 
-def chosen(precision: str, device: torch.device) -> str:
-    """The precision asked for, "float32" or "bfloat16"; for "auto" the faster one on this device."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if bfloat16_gain(device) >= PAYS else "float32"
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """The given precision; for "auto" the faster one on this device, "float32" or "bfloat16"."""
+    if precision == "auto":
+        return "bfloat16" if bfloat16_gain(device) >= MINIMUM_GAIN else "float32"
+    return precision
 
 
 @cache
 def bfloat16_gain(device: torch.device) -> float:
-    """How many times as fast as in float32 a linear layer is in bfloat16, measured in a moment, in turns."""
-    states, weight = (torch.ones(512, 768, device=device) for _ in range(2))  # nobody's random numbers are drawn
-    seconds = {dtype: [] for dtype in (torch.float32, torch.bfloat16)}
-    for _ in range(10):
-        for dtype, found in seconds.items():
-            operands = states.to(dtype), weight.to(dtype)
-            _wait(device)
-            started = perf_counter()
-            torch.nn.functional.linear(*operands)
-            _wait(device)
-            found.append(perf_counter() - started)
-    single, half = (min(found) for found in seconds.values())  # whatever else the machine does only adds to them
-    return single / half
-
-
-def autocast(precision: str, device: torch.device):
-    """A context in which matrix products have this precision; weights, norms, attention and losses stay float32."""
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+    """Time of a matrix product in float32 over its time in bfloat16: the shortest of ten alternating runs of each."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for dtype in [*seconds] * 10:
+        states = torch.ones(512, 768, dtype=dtype, device=device)
+        torch.get_device_module(device).synchronize()
+        started = perf_counter()
+        nn.functional.linear(states, states)
+        torch.get_device_module(device).synchronize()
+        seconds[dtype].append(perf_counter() - started)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def cast_once(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """A model that is only read, with its linear layers in this precision: what `autocast` would make in every step.
-
-    The same numbers as under `autocast`, and BERT-base reads 8 x 128 tokens in seven eighths of the time. Everything
-    else is shared with the model that was given, embeddings that are tied to a linear layer too.
-    """
+    """A frozen copy that autocast need not cast: linear layers hold weights of this precision; the rest is shared."""
     if precision == "float32":
         return model
     cast = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -60,13 +48,9 @@ def cast_once(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 
 
 @contextmanager
-def casting_again(model: PreTrainedModel):
-    """Under `autocast`, let linear layers cast their weights once more on the way back instead of keeping the copies.
-
-    The same numbers, but that a layer that runs several times adds up its gradients in float32. The copies are half
-    as large as the model, and all of them would be there when most is held.
-    """
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]  # nobody's own variants
+def recompute_casts(model: PreTrainedModel):
+    """Recompute autocast's copies of weights in the backward pass instead of storing them; sum gradients in float32."""
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]  # no subclasses
     for layer in layers:
         layer.forward = partial(_linear, layer)
     try:
@@ -79,29 +63,21 @@ def casting_again(model: PreTrainedModel):
 def _linear(layer: nn.Linear | Conv1D, states: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(states.device.type):
         return type(layer).forward(layer, states)
-    weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight  # GPT-2's are (in, out)
-    return _CastAgain.apply(states, weight, layer.bias)
+    weight = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight  # (out, in); Conv1D stores (in, out)
+    return _BFloat16Linear.apply(states, weight, layer.bias)
 
 
-class _CastAgain(torch.autograd.Function):
-    """A linear layer in bfloat16, of which states and weights are kept as they came."""
-
+class _BFloat16Linear(torch.autograd.Function):
     @staticmethod
     def forward(context, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        context.save_for_backward(states, weight)
+        context.save_for_backward(states, weight)  # as they are, not the copies in bfloat16
         halves = (None if each is None else each.to(torch.bfloat16) for each in (states, weight, bias))
         return nn.functional.linear(*halves)
 
     @staticmethod
-    def backward(context, above: Tensor):
+    def backward(context, gradient: Tensor):
         states, weight = context.saved_tensors
-        rows = above.flatten(0, -2)
-        to_states = (above @ weight.to(torch.bfloat16)).to(states.dtype)
-        to_weight = (rows.mT @ states.flatten(0, -2).to(torch.bfloat16)).to(weight.dtype)
-        to_bias = rows.sum(0).to(weight.dtype) if context.needs_input_grad[2] else None
-        return to_states, to_weight, to_bias
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        rows = gradient.flatten(0, -2)  # (N, out)
+        of_states = (gradient @ weight.to(torch.bfloat16)).to(states.dtype)
+        of_weight = (rows.mT @ states.flatten(0, -2).to(torch.bfloat16)).to(weight.dtype)
+        return of_states, of_weight, rows.sum(0).to(weight.dtype) if context.needs_input_grad[2] else None

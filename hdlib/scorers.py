@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .fused import pieces
+from .losses import pieces
 from .narrowing import take
 from .widths import Axis, axes_of, width_groups
 

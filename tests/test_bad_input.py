@@ -137,12 +137,12 @@ def test_blocks_longer_than_the_tokenizer_allows(text_file, tokenizer):
 
 
 def test_a_hub_teacher_without_network():
-    with refused("'some/model' is no local folder.*embedded", FileNotFoundError):
+    with refused("'some/model' is no local file or folder.*embedded", FileNotFoundError):
         hdlib.load_teacher("some/model")
 
 
 def test_a_teacher_that_is_not_there(tmp_path):
-    with refused("there is no folder", FileNotFoundError):
+    with refused("there is no file or folder", FileNotFoundError):
         hdlib.load_teacher(tmp_path / "nowhere")
 
 

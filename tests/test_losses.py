@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 import hdlib
-from hdlib import fused, losses
+from hdlib import losses
 from hdlib.lab.cost import peak_memory
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
@@ -42,7 +42,7 @@ def test_mlm_loss_is_the_mean_negative_log_probability():
 @pytest.mark.parametrize("chunk", [1, 40, 2**19])  # rows by one, in pieces that do not divide them, all at once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunked_terms_and_their_gradients_are_those_of_automatic_differentiation(chunk, dtype, monkeypatch):
-    monkeypatch.setitem(fused.PIECE, "cpu", chunk)
+    monkeypatch.setitem(losses.PIECE, "cpu", chunk)
     teacher, labels = 3 * torch.randn(7, 11, dtype=dtype), torch.tensor([0, 10, -100, 3, 3, -100, 7])
     logits = [(3 * teacher.flip(0)).requires_grad_() for _ in range(2)]
     found = 0.3 * mlm_loss(logits[0], labels) + 0.7 * prediction_loss(logits[0], teacher, 2.0)
@@ -62,7 +62,7 @@ def test_chunked_terms_and_their_gradients_are_those_of_automatic_differentiatio
 def test_score_differences_and_their_gradients_are_those_of_automatic_differentiation(
     piece, masked, width, monkeypatch
 ):
-    monkeypatch.setitem(fused.PIECE, "cpu", piece)
+    monkeypatch.setitem(losses.PIECE, "cpu", piece)
     ours, theirs = (
         [torch.randn(4, 5, 3, size, dtype=torch.float64).transpose(1, 2) for _ in range(2)] for size in (width, 4)
     )
@@ -73,21 +73,21 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
         "padding": pairs_that_count(None, real),
     }[masked]
     copies = [[each.clone().requires_grad_() for each in ours] for _ in range(2)]
-    found = fused.ScoreDifference.apply(*copies[0], *theirs, 0.5, 0.25, pairs)
+    found = losses.ScoreDifference.apply(*copies[0], *theirs, 0.5, 0.25, pairs)
     plain = attention_loss(0.5 * copies[1][0] @ copies[1][1].mT, 0.25 * theirs[0] @ theirs[1].mT, pairs)
     for loss in (0.3 * found, 0.3 * plain):
         loss.backward()
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
     for one, other in zip(*copies, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
-    assert fused.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
+    assert losses.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
 
 
 @pytest.mark.parametrize(("width", "kept"), [(32, "gradients"), (64, "queries and keys")])
 def test_scores_keep_the_smaller_for_the_way_back(width, kept):
     """A narrower student's two gradients, and nothing of the teacher's; as wide, what is there anyway."""
     ours, theirs = ([torch.randn(4, 6, 64, size) for _ in range(2)] for size in (width, 64))
-    found = fused.ScoreDifference.apply(*(each.requires_grad_() for each in ours), *theirs, 1.0, 1.0, None)
+    found = losses.ScoreDifference.apply(*(each.requires_grad_() for each in ours), *theirs, 1.0, 1.0, None)
     saved = [each for each in found.grad_fn.saved_tensors if each is not None]
     there = {each.data_ptr() for each in ours + theirs}
     assert [each.shape[-1] for each in saved] == ([width] * 2 if kept == "gradients" else [64] * 4)
@@ -107,7 +107,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
 
 @pytest.mark.parametrize("piece", [1, 50, 2**19])
 def test_state_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, monkeypatch):
-    monkeypatch.setitem(fused.PIECE, "cpu", piece)
+    monkeypatch.setitem(losses.PIECE, "cpu", piece)
     ours, theirs = (torch.randn(3, 5, 8, dtype=torch.float64) for _ in range(2))
     copies = [ours.clone().requires_grad_() for _ in range(2)]
     found, plain = state_loss(copies[0], theirs), torch.nn.functional.mse_loss(copies[1], theirs)
@@ -221,8 +221,8 @@ def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
     input_ids, labels = random_batch()
     labels[0] = -100
     found = []
-    for at_once in (losses.LOGITS_AT_ONCE, 4 * model.config.vocab_size):
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    for at_once in (losses.MAX_LOGITS, 4 * model.config.vocab_size):
+        monkeypatch.setattr(losses, "MAX_LOGITS", at_once)
         loss = loss_for(model, positions=positions, temperature=2.0).double()
         loss_positions = loss.loss_positions(labels)
         with torch.no_grad():
@@ -257,7 +257,7 @@ def test_logits_in_pieces_are_not_held(monkeypatch):
         return peak_memory(step)
 
     whole = held(False)
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * 2048)
+    monkeypatch.setattr(losses, "MAX_LOGITS", 4 * 2048)
     saved = whole - held(True)
     assert saved > 3 * labels.numel() * 2048 * 4
 

@@ -24,9 +24,9 @@ AUTO = ARGUMENTS | {"precision": "auto", "steps": 6}
 @pytest.mark.parametrize(("gain", "expected"), [(2.0, "bfloat16"), (1.1, "float32"), (0.1, "float32")])
 def test_the_faster_one_is_taken_where_it_is_left_to_the_machine(gain, expected, monkeypatch):
     monkeypatch.setattr(precision, "bfloat16_gain", lambda device: gain)
-    assert precision.chosen("auto", torch.device("cpu")) == expected
-    assert precision.chosen("bfloat16", torch.device("cpu")) == "bfloat16"
-    assert precision.chosen("float32", torch.device("cpu")) == "float32"
+    assert precision.resolve_precision("auto", torch.device("cpu")) == expected
+    assert precision.resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert precision.resolve_precision("float32", torch.device("cpu")) == "float32"
 
 
 def test_the_gain_is_that_of_a_linear_layer(monkeypatch):
@@ -64,14 +64,14 @@ def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_piec
     In pieces the head runs many times, and again on the way back; autocast adds up its gradients in bfloat16.
     """
     if in_pieces:
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
+        monkeypatch.setattr(losses, "MAX_LOGITS", 1)
     input_ids, labels = random_batch()
     models = {again: random_model(kind).eval() for again in (False, True)}
     teacher = random_model(kind, seed=1).eval()
     for again, model in models.items():
         loss = loss_for(teacher)
         read = {"input_ids": input_ids, "positions": loss.loss_positions(labels), "in_pieces": True}
-        with precision.casting_again(model) if again else nullcontext():
+        with precision.recompute_casts(model) if again else nullcontext():
             with precision.autocast("bfloat16", model.device):
                 with torch.no_grad():
                     theirs = forward(teacher, **read)
@@ -87,7 +87,7 @@ def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_piec
 def test_casting_again_leaves_float32_alone():
     model, (input_ids, _) = random_model("bert").eval(), random_batch()
     expected = model(input_ids).logits
-    with precision.casting_again(model):
+    with precision.recompute_casts(model):
         assert torch.equal(model(input_ids).logits, expected)
 
 
@@ -102,7 +102,7 @@ def test_no_copy_of_a_weight_is_kept_for_the_way_back():
 
     kept = {}
     for again in (False, True):
-        with precision.casting_again(layers) if again else nullcontext():
+        with precision.recompute_casts(layers) if again else nullcontext():
             kept[again] = peak_memory(forward)
     copies = sum(layer.weight.numel() for layer in layers) * 2
     assert kept[False] >= copies > 4 * kept[True]

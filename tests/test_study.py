@@ -67,7 +67,7 @@ def test_random_weights_under_masks_are_refused():
 
 def test_the_teacher_is_not_run_without_distillation(teacher, tokenizer, blocks, tmp_path, monkeypatch):
     seen = []
-    loop = import_module("hdlib.distill")
+    loop = import_module("hdlib.training")
     forward = loop.forward
     monkeypatch.setattr(loop, "forward", lambda model, **read: seen.append(model) or forward(model, **read))
     run = distilled(teacher, tokenizer, blocks, tmp_path / "mlm", steps=4, **MLM_ONLY)

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 import hdlib
 from hdlib.losses import IGNORED, TERMS, DistillationLoss, LossTerms
 from hdlib.models import base_model, forward, head, recording, student_of
-from hdlib.precision import autocast, cast_once, casting_again
+from hdlib.precision import cast_once, recompute_casts
 
 SHAPES = {
     "base": {},  # BERT-base: 12 layers of 768 / 3072, 12 heads
@@ -40,7 +40,7 @@ class Setting:
         return BertForMaskedLM(BertConfig(**SHAPES[self.shape])).eval().requires_grad_(False).to(self.device)
 
     def autocast(self):
-        return autocast(self.precision, self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 class Work:
@@ -122,7 +122,7 @@ class Work:
     @contextmanager
     def recording(self):
         """Record queries and keys of both models, as in the loop."""
-        with recording(self.teacher, self.student), casting_again(self.student):
+        with recording(self.teacher, self.student), recompute_casts(self.student):
             yield
 
     def eager(self) -> None:
