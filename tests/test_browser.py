@@ -1,6 +1,6 @@
-"""The notebooks in a real JupyterLab, driven as a person would: `make browser`, where there is a Chromium.
+"""The notebooks in a real JupyterLab, used as a person uses them: `make browser`, if Chromium is installed.
 
-Screenshots are left in runs/browser.
+Screenshots are in runs/browser.
 """
 
 import json
@@ -40,13 +40,15 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for name, steps in LARGE.items():
         recorded_run(folder / name, steps)
-        code = f"import hdlib\n\nhdlib.explore('../{name}')"
+        code = f"import hdlib.lab\n\nhdlib.lab.explore('../{name}')"
         cells = [nbformat.v4.new_code_cell(part) for part in code.split("\n\n")]
         notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))  # all cells at once
+    (settings / "tracker.jupyterlab-settings").write_text(
+        json.dumps({"windowingMode": "none"})
+    )  # all cells in the page
     apputils = folder / "settings" / "@jupyterlab" / "apputils-extension"
     apputils.mkdir()
     (apputils / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
@@ -78,19 +80,19 @@ def browser():
 
 
 class Page:
-    """A notebook that is open in JupyterLab."""
+    """An open notebook in JupyterLab."""
 
     def __init__(self, browser, address: str, name: str):
         self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
         self.name, self.errors = name, []
-        self.page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         self.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')", timeout=90_000)
 
     def run_all(self, timeout: float = 400) -> None:
-        """Run, Run All Cells, from the menu; until nothing runs."""
+        """Run all cells from the menu and wait for the last one."""
         sleep(3)  # the kernel starts
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -98,15 +100,15 @@ class Page:
         sleep(2)
         while self.prompts() and monotonic() < until:
             sleep(0.5)
-        assert not self.prompts(), "all cells have run"
+        assert not self.prompts(), "some cells have not run"
 
     def prompts(self) -> list[str]:
-        """Code cells that have not run to their end."""
+        """Prompts of code cells that have not finished."""
         texts = self.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
         return [text for text in texts if not re.search(r"\d", text)]
 
     def red(self) -> list[str]:
-        """Outputs that are errors, and what was written to stderr except progress."""
+        """Outputs that are errors."""
         red = '[data-mime-type="application/vnd.jupyter.error"]'
         return self.page.locator(f".jp-OutputArea-output{red}").all_inner_texts()
 
@@ -115,7 +117,7 @@ class Page:
         self.page.screenshot(path=SHOTS / f"{self.name}-{name}.png")
 
     def complaints(self) -> list[str]:
-        """What the console says that comes from widgets or from our pictures."""
+        """Errors in the console."""
         return [error for error in self.errors if "favicon" not in error]
 
 
@@ -136,19 +138,19 @@ def gallery(lab, browser):
     return notebook
 
 
-def picture(gallery, words: str):
-    """The picture whose text alternative holds these words."""
-    return gallery.page.locator(f'img[alt*="{words}"]').first
+def picture(gallery, text: str):
+    """The picture whose text alternative holds this text."""
+    return gallery.page.locator(f'img[alt*="{text}"]').first
 
 
 def wait_for(condition, seconds: float = 20) -> None:
     until = monotonic() + seconds
     while not condition():
-        assert monotonic() < until, "waited in vain"
+        assert monotonic() < until, "waited too long"
         sleep(0.02)
 
 
-def test_no_cell_is_red_and_every_picture_has_words(gallery):
+def test_no_cell_fails_and_every_picture_has_a_text_alternative(gallery):
     assert gallery.red() == []
     pictures = gallery.page.locator(".jp-OutputArea-output img")
     assert pictures.count() >= 3
@@ -157,7 +159,7 @@ def test_no_cell_is_red_and_every_picture_has_words(gallery):
         for image in pictures.all()
         if image.evaluate("image => image.src.startsWith('blob')")
     ]
-    assert len(described) >= 3 and all(len(words) > 20 for words in described)
+    assert len(described) >= 3 and all(len(alt) > 20 for alt in described)
 
 
 def test_the_slider_moves_the_picture_within_300_milliseconds(gallery):
@@ -173,18 +175,18 @@ def test_the_slider_moves_the_picture_within_300_milliseconds(gallery):
 
 
 MOVES = """async () => {
-  // One key after the other; the clock runs from the key to the picture that it brought, decoded.
+  // One key after the other; the time from each key to its picture, decoded.
   const handle = document.querySelector(".noUi-handle");
   const image = document.querySelector('img[alt^="Step "]');
   const taken = [];
   for (let turn = 0; turn < 12; turn++) {
-    const told = new Promise((resolve) => {
+    const changed = new Promise((resolve) => {
       const watcher = new MutationObserver(() => { watcher.disconnect(); resolve(); });
       watcher.observe(image, { attributeFilter: ["alt"] });
     });
     const started = performance.now();
     handle.dispatchEvent(new KeyboardEvent("keydown", { key: turn % 2 ? "PageDown" : "ArrowLeft", bubbles: true }));
-    await told;
+    await changed;
     await image.decode();
     taken.push(performance.now() - started);
   }
@@ -204,7 +206,7 @@ def test_the_slider_is_as_quick_on_a_large_run(lab, browser):
 
 
 def test_a_run_of_a_hundred_thousand_steps_opens_within_two_seconds(lab, browser):
-    """From the key that runs the cell to the picture, with the library imported before."""
+    """From the key that runs the cell to the picture; the library is already imported."""
     notebook = Page(browser, lab, "long")
     notebook.run_all()
     seconds = []
@@ -227,7 +229,7 @@ def test_the_arrow_keys_of_a_keyboard_move_the_slider(gallery):
     wait_for(lambda: picture(gallery, "Step ").get_attribute("alt") != before)
 
 
-def test_a_sentence_is_typed_and_both_guess(gallery):
+def test_a_typed_sentence_gives_guesses_of_both_models(gallery):
     sentence = gallery.page.get_by_label("sentence").first
     sentence.scroll_into_view_if_needed()
     answer = gallery.page.locator("table", has_text="student of step").first
@@ -241,7 +243,7 @@ def test_a_sentence_is_typed_and_both_guess(gallery):
 
 
 def test_a_click_on_a_curve_opens_its_run(gallery):
-    curves = picture(gallery, "Discrepancy along step")
+    curves = picture(gallery, "along step")
     curves.scroll_into_view_if_needed()
     before = gallery.page.locator(".noUi-handle").count()
     pixels = np.asarray(Image.open(BytesIO(curves.screenshot())).convert("RGB")).astype(int)
@@ -254,24 +256,24 @@ def test_a_click_on_a_curve_opens_its_run(gallery):
     gallery.shot("compare-opened")
 
 
-def test_the_watched_run_was_seen_to_its_end(gallery):
+def test_the_watched_run_is_shown_as_finished(gallery):
     wait_for(lambda: gallery.page.locator('[role="status"]', has_text="Finished").count())
     gallery.page.locator('[role="status"]', has_text="Finished").first.scroll_into_view_if_needed()
     gallery.shot("watched")
 
 
-def test_the_chooser_says_at_once_what_a_width_comes_to(gallery):
+def test_the_chooser_shows_the_sizes_of_a_new_width(gallery):
     target = gallery.page.get_by_label("target", exact=True).last
     target.scroll_into_view_if_needed()
     target.fill("0.5")
     target.press("Tab")
-    row = gallery.page.locator("tr", has_text="hidden width")
+    row = gallery.page.locator("table", has_text="Student of").locator("tr", has_text="hidden")
     wait_for(lambda: "96" in row.first.inner_text())  # of 180, in 12 heads
     gallery.shot("chooser")
 
 
 def test_tab_reaches_every_control(gallery):
-    """In each widget, from its first control on, the tab key visits all the others."""
+    """In each widget the tab key reaches all controls from the first one."""
     counts = gallery.page.evaluate(CONTROLS)
     assert sum(counts) > 15
     for widget, count in enumerate(counts):
@@ -284,7 +286,7 @@ def test_tab_reaches_every_control(gallery):
 
 
 CONTROLS = """() => {
-  // Marks the controls of each widget that has any with the widget's number; how many they are.
+  // Marks the controls of each widget with its number. Returns the number of controls of each widget.
   const kinds = "input, select, button, textarea, .noUi-handle";
   const able = (each) => !each.disabled && each.offsetParent !== null && each.tabIndex >= 0;
   const controls = [...document.querySelectorAll(".jp-OutputArea-output")]
@@ -294,5 +296,5 @@ CONTROLS = """() => {
 }"""
 
 
-def test_the_console_stays_silent(gallery):
+def test_the_console_has_no_errors(gallery):
     assert gallery.complaints() == []

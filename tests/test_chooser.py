@@ -1,5 +1,6 @@
-"""A run chosen by controls: what is shown is so, what is exported is what was chosen, and Run and Stop do so."""
+"""The chooser shows the true sizes, exports the chosen settings, and its buttons start and stop a run."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from hdlib import DistillConfig, Widths
 from hdlib.__main__ import PLACES, read
 from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
-from hdlib.lab.widgets.chooser import BUTTONS, FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
+from hdlib.lab.widgets.chooser import FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 
 MODULE = sys.modules[Chooser.__module__]
 
@@ -41,7 +42,7 @@ CHOICES = {
 
 
 def choose(widget, **values):
-    """Set controls as somebody would; a target may be Widths."""
+    """Set controls as a user does; a target may be Widths."""
     target = values.get("target")
     if isinstance(target, Widths):
         widget.by.value = SHAPE
@@ -82,10 +83,10 @@ def test_the_table_shows_what_narrowing_gives(widget, name):
         found |= {"gflop": hdlib.lab.cost.flops(model.config, 64) / 1e9}
         for row, value in found.items():
             assert widget.sizes.loc[ROWS[row], column] == value, row
-            shown = f"{value:.3f}" if row == "gflop" else f"{value:,}"
+            shown = f"{value:.4g}" if row == "gflop" else f"{value:,}"
             assert re.search(rf"{ROWS[row]}</th>.*?>{shown}</td>", widget.table.value), (row, shown)
     ratio = hdlib.lab.cost.parameters(student)["encoder"] / hdlib.lab.cost.parameters(teacher)["encoder"]
-    assert f">{ratio:.3f}</td>" in widget.table.value
+    assert f">{ratio:.4g}</td>" in widget.table.value
     assert "alert" not in widget.table.value and not widget.buttons["run"].disabled
 
 
@@ -99,60 +100,62 @@ IMPOSSIBLE = {
     "blocks too long": ({"length": 136}, "blocks have 136 tokens, the teacher only 128 positions"),
     "a teacher that is not there": ({"teacher": "./no/<teacher>"}, "there is no folder ./no/<teacher>"),
     "a corpus that is not there": ({"corpus": "/no/<corpus>"}, "there is no file or folder /no/<corpus>"),
-    "no teacher": ({"teacher": " "}, "teacher is empty: embedded, a local folder"),
-    "no folder": ({"run_dir": ""}, "run dir is empty"),
-    "a folder without a name": ({"run_dir": "/"}, "has an empty name"),
+    "no teacher": ({"teacher": " "}, "teacher ' ' is not a name: enter embedded, a local folder"),
+    "no folder": ({"run_dir": ""}, "run_dir '' is not a name"),
+    "a folder without a name": ({"run_dir": "/"}, "run_dir '/' is not a name: enter the folder of the run"),
 }
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_cannot_be_is_said_and_nothing_can_be_started(widget, name, capsys):
+def test_an_impossible_choice_gives_a_message_and_starts_nothing(widget, name, capsys):
     before = widget.table.value
-    values, words = IMPOSSIBLE[name]
+    values, message = IMPOSSIBLE[name]
     choose(widget, **values)
-    assert words in widget.problem and escape(words) in widget.table.value
+    assert message in widget.alt and escape(message) in widget.table.value
     assert 'role="alert"' in widget.table.value and "<table" not in widget.table.value
     assert all(button.disabled for button in widget.buttons.values()) and widget.config is None
-    assert words in widget._repr_mimebundle_()["text/plain"]
+    assert message in widget._repr_mimebundle_()["text/plain"]
     widget.by.value = FRACTION
     assert "Traceback" not in "".join(capsys.readouterr())
     fresh = chooser("runs").controls
     choose(widget, **{each: fresh[each].value for each in values})
-    assert widget.table.value == before and not widget.buttons["export"].disabled, "and back again"
+    assert widget.table.value == before and not widget.buttons["export"].disabled, "the first choice again"
 
 
 def test_a_folder_that_holds_no_model_and_a_family_without_a_table(widget, tmp_path):
     choose(widget, teacher=str(tmp_path))
-    assert "no config of a model could be read" in widget.problem and widget.buttons["measure"].disabled
+    assert "no config of a model could be read" in widget.alt and widget.buttons["measure"].disabled
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     choose(widget, teacher=f"{tmp_path}/")
-    assert "no width groups are declared for the architecture 't5'" in widget.problem
+    assert "no width groups are declared for the architecture 't5'" in widget.alt
 
 
-def test_controls_are_the_librarys_own_and_can_be_used_by_anyone(widget):
+def test_controls_have_the_defaults_and_descriptions_of_the_library(widget):
     assert widget.config == DistillConfig()
-    assert widget.length == PLACES["length"] and widget.controls["teacher"].value == PLACES["teacher"]
+    assert all(widget.controls[name].value == PLACES[name] for name in ("teacher", "corpus", "length"))
     assert widget.controls["schedule"].options == tuple(hdlib.config.SCHEDULES)
     assert widget.controls["scorer"].options == tuple(hdlib.config.SCORERS)
     everything = [*widget.controls.values(), *widget.widths.values(), widget.by, *widget.buttons.values()]
     assert all(each.description and each.tooltip for each in everything)
     kinds = (widgets.Text, widgets.Dropdown, widgets.Checkbox, widgets.BoundedIntText, widgets.BoundedFloatText)
-    assert all(isinstance(each, (*kinds, widgets.Button)) for each in everything), "all of them take the keyboard"
-    assert widget.controls["prune_start"].tooltip == "t_i as a fraction of the steps", "as config.py says it"
-    choose(widget, steps=-5, learning_rate=7.0)
-    assert widget.controls["steps"].value == 1 and widget.controls["learning_rate"].value == 1.0, "bounded"
+    assert all(isinstance(each, (*kinds, widgets.Button)) for each in everything), "all of them work with the keyboard"
+    descriptions = {field.name: field.metadata["help"] for field in dataclasses.fields(DistillConfig)}
+    assert all(widget.controls[name].tooltip == descriptions[name] for name in widget.controls if name not in PLACES)
+    choose(widget, steps=-5, learning_rate=7.0, length=1)
+    assert widget.controls["learning_rate"].value == 1.0 and widget.controls["length"].value == 8, "bounded"
+    assert "steps must be at least 1; got 0" in widget.alt
     assert widget.widths["hidden"].disabled and not widget.controls["target"].disabled
     widget.by.value = SHAPE
     assert not widget.widths["hidden"].disabled and widget.controls["target"].disabled
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_exported_files_hold_what_was_chosen(widget, name, tmp_path, text_file, monkeypatch):
+def test_exported_files_hold_the_chosen_settings(widget, name, tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(text_file.parent)
     folder = tmp_path / "some runs" / "third.0.33"
     choose(widget, corpus=text_file.name, length=32, run_dir=str(folder), **CHOICES[name])
     widget.buttons["export"].click()
-    monkeypatch.chdir(tmp_path)  # the files are right wherever they are read
+    monkeypatch.chdir(tmp_path)  # the files hold absolute paths
     places, config = read(folder.with_name("third.0.33.yaml"))
     assert config == widget.config == DistillConfig(**CHOICES[name])
     assert (places["teacher"], places["corpus"], places["length"]) == ("embedded", str(text_file), 32)
@@ -163,17 +166,17 @@ def test_exported_files_hold_what_was_chosen(widget, name, tmp_path, text_file, 
     own |= {"target": taken["ratio"]} if "ratio" in taken else {}
     assert not own.keys() & taken["settings"].keys() and DistillConfig(**own | taken["settings"]) == config
     assert (taken["runs"], taken["corpus"], taken["length"]) == (str(folder.parent), str(text_file), 32)
-    (shown,) = re.findall("<pre>(.*)</pre>", widget.told.value, re.S)
+    (shown,) = re.findall("<pre>(.*)</pre>", widget.exported.value, re.S)
     launch, plain, notebook = (shlex.split(line) for line in unescape(shown).splitlines())
     command = ["-m", "hdlib", str(folder.with_name("third.0.33.yaml"))]
     assert launch == ["accelerate", "launch", *command] and plain == ["python", *command]
     assert notebook[:2] == ["papermill", str(QUICKSTART)] and Path(notebook[1]).exists()
     assert notebook[3:] == ["-f", str(folder.with_name("third.0.33.papermill.yaml"))]
     choose(widget, seed=widget.config.seed + 1)
-    assert widget.told.value == "", "the files are of other settings now"
+    assert widget.exported.value == "", "the files hold the previous settings"
 
 
-def test_the_notebook_runs_what_was_exported(widget, tmp_path, text_file):
+def test_the_notebook_runs_the_exported_settings(widget, tmp_path, text_file):
     places = {"corpus": str(text_file), "length": 16, "run_dir": str(tmp_path / "out" / "one")}
     chosen = {"steps": 12, "batch_size": 2, "prune_every": 2, "target": Widths(hidden=96), "scorer": "magnitude"}
     choose(widget, precision="float32", **places, **chosen)
@@ -186,26 +189,26 @@ def test_the_notebook_runs_what_was_exported(widget, tmp_path, text_file):
 
 
 def test_time_and_memory_are_measured_on_this_machine(widget, monkeypatch):
-    button, label = widget.buttons["measure"], BUTTONS["measure"][0]
+    button = widget.buttons["measure"]
     choose(widget, batch_size=2, length=16, precision="float32")
     button.click()
-    words = r"would take ([\d.]+) (seconds|minutes), at ([\d,]+) tokens a second, and hold ([\d.]+) GB"
-    said = re.search(words, widget.measured.value)
-    minutes = float(said[1]) / (60 if said[2] == "seconds" else 1)
-    assert float(said[3].replace(",", "")) == pytest.approx(1000 * 2 * 16 / minutes / 60, rel=0.3)
-    assert 0.05 < float(said[4]) < 2
+    text = r"would take ([\d.]+) (seconds|minutes), at ([\d,]+) tokens per second, and use at most ([\d.]+) GB"
+    found = re.search(text, widget.measured.value)
+    minutes = float(found[1]) / (60 if found[2] == "seconds" else 1)
+    assert float(found[3].replace(",", "")) == pytest.approx(1000 * 2 * 16 / minutes / 60, rel=0.3)
+    assert 0.05 < float(found[4]) < 2
 
     def projected(teacher, config, length):
         assert (config, length, Widths.of(teacher).hidden) == (widget.config, 32, 180)
-        assert button.disabled and button.description != label, "it says that it works"
+        assert button.disabled and "Measuring" in widget.measured.value
         return Projection(30.0, 1234.0, 1.0, 1.0, 2.5)
 
     monkeypatch.setattr(MODULE, "project", projected)
     choose(widget, length=32)
-    assert widget.measured.value == "", "that was measured with other settings"
+    assert widget.measured.value == "", "it belongs to the previous settings"
     button.click()
-    assert "would take 30.0 hours, at 1,234 tokens a second, and hold 2.50 GB" in widget.measured.value
-    assert button.description == label and not button.disabled
+    assert "would take 30.0 hours, at 1,234 tokens per second, and use at most 2.50 GB" in widget.measured.value
+    assert not button.disabled
 
     def too_large(*_):
         raise MemoryError("memory does not suffice: <lower> batch_size")
@@ -213,16 +216,16 @@ def test_time_and_memory_are_measured_on_this_machine(widget, monkeypatch):
     monkeypatch.setattr(MODULE, "project", too_large)
     button.click()
     assert "&lt;lower&gt; batch_size" in widget.measured.value and 'role="alert"' in widget.measured.value
-    assert button.description == label and not button.disabled
+    assert not button.disabled
 
 
-def test_without_widgets_words_say_what_was_chosen(widget):
+def test_the_text_fallback_holds_the_choice_and_its_sizes(widget):
     bundle = choose(widget, target=0.5, steps=123)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    words = bundle["text/plain"]
-    for row in ("hidden width: 180 -> 96", "parameters of the encoder: 2,346,840 -> ", "steps=123", "teacher=embedded"):
-        assert row in words
-    assert f"-> {widget.sizes.loc[ROWS['gflop'], 'student']:.3f}" in words
+    text = bundle["text/plain"]
+    for row in (r"hidden +180 +96 ", r"parameters of the encoder +2,346,840 ", "steps: 123", "teacher: embedded"):
+        assert re.search(f"^{row}", text, re.M)
+    assert f"{widget.sizes.loc[ROWS['gflop'], 'student']:.4g}" in text
 
 
 def small_run(widget, tmp_path, text_file, **values):
@@ -232,11 +235,11 @@ def small_run(widget, tmp_path, text_file, **values):
 
 def test_run_starts_a_run_that_finishes(widget, tmp_path, text_file, monkeypatch):
     shown = []
-    monkeypatch.setattr(MODULE, "watch", lambda folder: shown.append(folder) or widgets.HTML())
+    monkeypatch.setattr(MODULE, "Watch", lambda folder: shown.append(folder) or widgets.HTML())
     small_run(widget, tmp_path, text_file, steps=6)
     widget.buttons["run"].click()
     assert widget.buttons["run"].disabled and not widget.buttons["stop"].disabled, "one at a time"
-    assert shown == [widget.run_dir] and len(widget.watched.children) == 1
+    assert shown == [widget.configuration["run_dir"]] and len(widget.watched.children) == 1
     until(lambda: "finished" in widget.status.value or "alert" in widget.status.value)
     run = hdlib.Run.load(tmp_path / "new" / "small")
     assert "The run has finished" in widget.status.value and run.finished, widget.status.value
@@ -247,10 +250,10 @@ def test_run_starts_a_run_that_finishes(widget, tmp_path, text_file, monkeypatch
     choose(widget, steps=8)  # the folder holds another run
     widget.buttons["run"].click()
     until(lambda: "alert" in widget.status.value)
-    assert "steps was 6, is 8" in widget.status.value, "what went wrong is said in words"
+    assert "steps was 6, is 8" in widget.status.value, "the message names the difference"
 
 
-def test_stop_ends_a_run_with_a_checkpoint_and_run_goes_on_with_it(widget, tmp_path, text_file):
+def test_stop_writes_a_checkpoint_and_run_resumes_it(widget, tmp_path, text_file):
     small_run(widget, tmp_path, text_file, steps=100_000)
     stopped_at = []
     for _ in range(2):
@@ -264,7 +267,7 @@ def test_stop_ends_a_run_with_a_checkpoint_and_run_goes_on_with_it(widget, tmp_p
         )
         widget.buttons["stop"].click()
         assert widget.process.wait(60) == 128 + signal.SIGTERM
-        until(lambda: "Run goes on with it" in widget.status.value)
+        until(lambda: "Press Run to resume it" in widget.status.value)
         stopped_at.append(int(run.checkpoints()[-1].name.removeprefix("step_")))
         until(lambda: not widget.buttons["run"].disabled)
         assert widget.buttons["stop"].disabled
@@ -272,10 +275,10 @@ def test_stop_ends_a_run_with_a_checkpoint_and_run_goes_on_with_it(widget, tmp_p
     assert [record["step"] for record in run.records()] == list(range(stopped_at[1] + 1)), "no step twice"
 
 
-def test_a_place_that_cannot_be_written_is_said(widget, tmp_path):
+def test_a_folder_that_cannot_be_written_gives_a_message(widget, tmp_path):
     (tmp_path / "file").write_text("")
     choose(widget, run_dir=str(tmp_path / "file" / "run"))
     widget.buttons["export"].click()
-    assert 'role="alert"' in widget.told.value and "file" in widget.told.value
+    assert 'role="alert"' in widget.exported.value and "file" in widget.exported.value
     widget.buttons["run"].click()
     assert widget.process is None and not widget.buttons["run"].disabled

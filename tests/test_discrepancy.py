@@ -113,7 +113,7 @@ def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
         drawn.append(figure)
         return Handle()
 
-    monkeypatch.setattr("hdlib.lab.widgets.live.display", display)
+    monkeypatch.setitem(hdlib.lab.LiveFigure.draw.__globals__, "display", display)
     live = hdlib.lab.LiveFigure(recorded.folder, every=0.0)
     for record in recorded.records():
         live(record)

@@ -1,4 +1,4 @@
-"""Widgets over recorded runs: what they show, how quickly, and what they say where something is missing."""
+"""Widgets over recorded runs: content, reaction time, and messages about missing files."""
 
 import asyncio
 import base64
@@ -39,7 +39,7 @@ def runs(teacher_of_runs, blocks, tmp_path_factory):
 
 @pytest.fixture
 def broken(runs, tmp_path):
-    """A copy of a run's folder, to break."""
+    """A copy of a run folder, to damage."""
     return shutil.copytree(runs["fast"].folder, tmp_path / "broken")
 
 
@@ -49,13 +49,9 @@ def png_size(png: bytes) -> tuple[int, int]:
 
 
 def html_of(widget) -> str:
-    """All the words in a widget and those inside it."""
-    return getattr(widget, "value", "") if not hasattr(widget, "children") else "".join(map(html_of, widget.children))
-
-
-def words_of(widget) -> str:
+    """All HTML texts in a widget and its children."""
     return "".join(
-        each.value if type(each).__name__ == "HTML" else words_of(each) for each in getattr(widget, "children", ())
+        each.value if type(each).__name__ == "HTML" else html_of(each) for each in getattr(widget, "children", ())
     )
 
 
@@ -66,10 +62,10 @@ def test_a_move_of_the_slider_shows_that_step(runs):
     metrics, pictures = run.metrics, set()
     for step in (0, 6, 12, 24):
         explorer.slider.value = step
-        said = explorer.picture.alt
-        assert f"Step {step} of 24" in said and f"KL to the teacher {metrics.loc[step, 'held_out_kl']:.3f}" in said
-        assert f"hidden {metrics.loc[step, 'hidden_size']} of {metrics.loc[0, 'hidden_size']}" in said
-        assert f"{metrics.loc[step, 'held_out_kl']:.4g}" in explorer.parts.value
+        alt = explorer.picture.alt
+        assert f"Step {step} of 24" in alt and f"KL to the teacher {metrics.loc[step, 'held_out_kl']:.3f}" in alt
+        assert f"hidden {metrics.loc[step, 'hidden_size']} of {metrics.loc[0, 'hidden_size']}" in alt
+        assert f"{metrics.loc[step, 'held_out_kl']:.4g}" in explorer.numbers.value
         pictures.add(explorer.picture.png)
     assert len(pictures) == 4 and all(png_size(each)[0] > 1000 for each in pictures)
 
@@ -81,9 +77,11 @@ def test_the_maps_are_those_of_the_last_prune(runs):
         explorer.slider.value = step
         stays = run.prune(run.pruned_at[1]).kept["hidden"].numpy()
         drawn = explorer.drawn.maps.images["hidden"].get_array()[0]  # (N, 4), one dot a neuron
-        assert np.array_equal(np.all(drawn == 1, axis=1), ~stays), "white where a neuron has gone, and only there"
+        assert np.array_equal(np.all(drawn == 1, axis=1), ~stays), "removed neurons are white, and only those"
     explorer.slider.value = 0
-    assert not np.all(explorer.drawn.maps.images["hidden"].get_array() == 1, axis=-1).any(), "all there at first"
+    assert not np.all(explorer.drawn.maps.images["hidden"].get_array() == 1, axis=-1).any(), (
+        "none removed at step 0"
+    )
 
 
 def test_darker_is_more_important(runs):
@@ -110,10 +108,10 @@ def test_guesses_are_those_of_the_stock_pipeline(runs, teacher_of_runs):
         assert f"{found['guess'][0]} {found['probability'][0]:.0%}" in explorer.guesser.answer.value
     assert "student of step 24" in explorer.guesser.answer.value
     explorer.slider.value = 11
-    assert "student of step 10" in explorer.guesser.answer.value, "the saved student that is nearest"
+    assert "student of step 10" in explorer.guesser.answer.value, "the nearest saved student"
 
 
-def test_a_causal_model_goes_on(tokenizer):
+def test_a_causal_model_continues_the_sentence(tokenizer):
     from models import random_model
 
     model = random_model("gpt2", vocabulary=len(tokenizer))
@@ -123,18 +121,16 @@ def test_a_causal_model_goes_on(tokenizer):
     assert list(found["probability"]) == pytest.approx(best.values.tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "sentence, said", [("no gap", "write ___"), ("", "write a sentence"), ("___ " * 99, "positions")]
-)
-def test_a_sentence_that_cannot_be_filled_is_answered_in_words(sentence, said, runs, teacher_of_runs):
+@pytest.mark.parametrize("sentence, message", [("no gap", "write ___"), ("", "write"), ("___ " * 99, "positions")])
+def test_a_sentence_without_guesses_gives_a_message(sentence, message, runs, teacher_of_runs):
     explorer = hdlib.lab.explore(runs["fast"], teacher_of_runs)
     explorer.guesser.sentence.value = sentence
     explorer.guesser.button.click()
-    assert said in explorer.guesser.answer.value
+    assert message in explorer.guesser.answer.value
 
 
-def test_without_its_teacher_a_run_can_still_be_looked_at(runs):
-    explorer = hdlib.lab.explore(runs["fast"])  # its teacher was never saved: there is no name to load it by
+def test_a_run_without_its_teacher_can_be_explored(runs):
+    explorer = hdlib.lab.explore(runs["fast"])  # its teacher was never saved, so it cannot be loaded
     explorer.guesser.button.click()
     assert 'role="alert"' in explorer.guesser.answer.value
 
@@ -183,17 +179,17 @@ BROKEN = {
     _damaged_description: "run.json",
     _no_neurons: "No prune was recorded",
     _damaged_neurons: "neurons",
-    _unfinished: "has not finished: step 4 of 12",
+    _unfinished: "Last recorded step: 4 of 12",
     _only_begun: "Nothing has been recorded",
     _nothing: "holds no run.json",
 }
 
 
 @pytest.mark.parametrize("harm", BROKEN, ids=lambda harm: harm.__name__)
-def test_what_is_missing_is_said_in_words(harm, broken, runs):
+def test_a_message_names_what_is_missing(harm, broken, runs):
     harm(broken)
     explorer = hdlib.lab.explore(broken)
-    assert BROKEN[harm] in words_of(explorer)
+    assert BROKEN[harm] in html_of(explorer)
     assert "text/plain" in explorer._repr_mimebundle_()
     compared = hdlib.lab.compare(runs["fast"], broken)
     assert set(compared.runs) >= {"fast"}
@@ -201,7 +197,7 @@ def test_what_is_missing_is_said_in_words(harm, broken, runs):
     assert watching.alt
 
 
-def test_runs_are_compared_by_what_differs(runs):
+def test_the_settings_that_differ_are_shown(runs):
     compared = hdlib.lab.compare(*runs.values())
     settings = compared.children[0].value
     assert "steps" in settings and "1, 2" in settings and "temperature" not in settings
@@ -218,7 +214,7 @@ def test_runs_are_compared_by_what_differs(runs):
 
 @pytest.mark.parametrize("along", ["step", "seconds", "parameters"])
 @pytest.mark.parametrize("measure", ["held_out_kl", "total", "hidden_size", "seconds"])
-def test_any_measure_along_anything(measure, along, runs):
+def test_every_measure_along_every_axis(measure, along, runs):
     compared = hdlib.lab.compare(*runs.values())
     compared.measure.value, compared.along.value = measure, along
     (axes,) = compared._canvas.figure.axes
@@ -237,7 +233,7 @@ def test_a_click_on_a_curve_opens_its_run(runs):
         x, y = line.axes.transData.transform(line.get_xydata()[-1])  # the curves end at different steps
         width, height = png_size(compared.picture.png)
         place = {"x": x / width, "y": 1 - y / height}
-        compared.picture._handle_custom_msg(place, [])  # what the browser sends
+        compared.picture._handle_custom_msg(place, [])  # as the browser sends it
         (opened,) = compared.explored.children
         assert opened.run.folder.name == compared.chosen.value and compared.chosen.value.startswith(arm)
     compared.chosen.value = None
@@ -246,27 +242,27 @@ def test_a_click_on_a_curve_opens_its_run(runs):
     assert compared.chosen.value is None, "a click beside the curves"
 
 
-def test_what_was_not_recorded_is_said(runs, broken):
-    """A run of before parameters were recorded, beside one that has them."""
+def test_a_message_names_the_runs_without_a_measure(runs, broken):
+    """A run without parameters in its record, beside one with them."""
     records = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("parameters")
     (broken / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     compared = hdlib.lab.compare(runs["slow-seed-1"], broken)
     compared.along.value = "parameters"
-    assert "broken" in compared.said.value and list(compared.arms) == ["slow"]
+    assert "broken" in compared.message.value and list(compared.arms) == ["slow"]
     compared.along.value = "step"
-    assert compared.said.value == "" and len(compared.arms) == 2
+    assert compared.message.value == "" and len(compared.arms) == 2
     shutil.copytree(broken, broken.parent / "slow-seed-9")
     arguments = json.loads((runs["slow-seed-1"].folder / "run.json").read_text())
     (broken.parent / "slow-seed-9" / "run.json").write_text(json.dumps(arguments))
     compared = hdlib.lab.compare(runs["slow-seed-1"], broken.parent / "slow-seed-9")
     compared.along.value = "parameters"
-    assert list(compared.arms["slow"]) == ["slow-seed-1"], "the other seed is still there"
+    assert list(compared.arms["slow"]) == ["slow-seed-1"], "the other seed is still shown"
 
 
-def test_no_run_is_lost_where_names_are_alike(runs, tmp_path):
-    """Two settings under one name but for the seed, and one folder name twice."""
+def test_no_run_is_lost_when_names_are_equal(runs, tmp_path):
+    """Two settings whose names differ in the seed only, and one folder name twice."""
     alike = [tmp_path / "here" / "slow-seed-3", tmp_path / "there" / "slow-seed-3"]
     for folder in alike:
         shutil.copytree(runs["fast"].folder, folder)
@@ -281,53 +277,53 @@ def test_nothing_to_compare():
 
 
 def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
-    """Its folder grows bit by bit, as another process would make it."""
+    """The folder grows in stages, as another process would write it."""
     source, folder = runs["fast"].folder, tmp_path / "growing"
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
 
     async def grow():
         watching = hdlib.lab.watch(folder, every=0.01)
-        assert "No run has begun" in watching.alt
+        assert "No run has started" in watching.alt
         folder.mkdir()
         shutil.copy(source / "run.json", folder)
         pictures = []
-        for count, said in {0: "none of its 12 steps", 4: "Step 3 of 12", 10: "Step 9 of 12", 13: "Finished"}.items():
+        for count, text in {0: "none of its 12 steps", 4: "Step 3 of 12", 10: "Step 9 of 12", 13: "Finished"}.items():
             (folder / "metrics.jsonl").write_text("".join(lines[:count]))
             if count == 13:
                 shutil.copytree(source / "neurons", folder / "neurons")
                 shutil.copytree(source / "student", folder / "student")
             for _ in range(400):
-                if said in watching.alt:
+                if text in watching.alt:
                     break
                 await asyncio.sleep(0.05)
-            assert said in watching.alt and ("steps a second" in watching.alt) == (count in (4, 10))
+            assert text in watching.alt and ("steps per second" in watching.alt) == (count in (4, 10))
             pictures.append(watching.picture.png)
         await asyncio.wait_for(watching._task, 20)
         return watching, pictures
 
     watching, pictures = asyncio.run(grow())
     assert watching.progress.value == 12 and pictures[1] != pictures[2]
-    assert watching.explorer.slider.value == 12, "it can be explored in the same place"
+    assert watching.explorer.slider.value == 12, "the finished run is explored in the same place"
 
 
-def test_a_cell_that_is_run_again_takes_over(runs, tmp_path):
+def test_a_cell_that_runs_again_pauses_the_earlier_view(runs, tmp_path):
     first = hdlib.lab.watch(tmp_path / "later")
     second = hdlib.lab.watch(tmp_path / "later")
     assert first.pause.value and not second.pause.value
 
 
-def test_long_silence_is_told(broken):
+def test_a_run_without_new_records_may_have_stopped(broken):
     import os
 
     _unfinished(broken)
     old = (broken / "metrics.jsonl").stat().st_mtime - 3600
     os.utime(broken / "metrics.jsonl", (old, old))
-    assert "may have been stopped" in hdlib.lab.watch(broken).alt and "1:00:0" in hdlib.lab.watch(broken).alt
+    assert "may have stopped" in hdlib.lab.watch(broken).alt and "60 minutes" in hdlib.lab.watch(broken).alt
 
 
-def test_every_widget_is_a_picture_where_none_can_be_shown(runs, tmp_path):
-    looking = (hdlib.lab.explore(runs["fast"]), hdlib.lab.compare(*runs.values()), hdlib.lab.watch(runs["fast"].folder))
-    for widget in (*looking, hdlib.lab.chooser(tmp_path)):
+def test_every_widget_has_a_static_fallback(runs, tmp_path):
+    views = (hdlib.lab.explore(runs["fast"]), hdlib.lab.compare(*runs.values()), hdlib.lab.watch(runs["fast"].folder))
+    for widget in (*views, hdlib.lab.chooser(tmp_path)):
         bundle = widget._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in bundle
         assert png_size(base64.b64decode(bundle["image/png"]))[0] >= 500
@@ -346,7 +342,7 @@ def test_the_slider_is_quick_on_a_large_run(tmp_path):
 
 
 def test_a_very_long_run_opens_quickly(tmp_path):
-    """100,000 logged steps; the best of three, since one moment in which the machine was busy must not decide."""
+    """100,000 logged steps; the best of three, because the machine may be busy."""
     run, seconds = recorded_run(tmp_path / "long", steps=100_000), []
     for _ in range(3):
         started = perf_counter()
@@ -355,7 +351,7 @@ def test_a_very_long_run_opens_quickly(tmp_path):
     assert explorer.slider.max == 100_000 and min(seconds) < 2.0
 
 
-# Machado, Oliveira and Fernandes 2009, severity 1: linear RGB as seen without red, green or blue cones.
+# Machado, Oliveira and Fernandes 2009, severity 1: linear RGB without red, green or blue cones.
 COLOUR_BLIND = {
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -364,8 +360,8 @@ COLOUR_BLIND = {
 
 
 @pytest.mark.parametrize("kind", COLOUR_BLIND)
-def test_colours_of_curves_are_told_apart_by_colour_blind_readers(kind):
-    """Any two of the palette differ in what such a reader sees; and every arm has a line style of its own besides."""
+def test_colours_of_curves_differ_for_colour_blind_readers(kind):
+    """Any two colours of the palette differ for such a reader; every arm also has its own line style."""
     hexes = list(COLOURS.values())
     rgb = np.array([[int(each[i : i + 2], 16) / 255 for i in (1, 3, 5)] for each in hexes])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -374,7 +370,7 @@ def test_colours_of_curves_are_told_apart_by_colour_blind_readers(kind):
     assert min(distances) > 0.08
 
 
-def test_the_schedule_is_the_one_of_the_run(runs):
+def test_the_schedule_shows_the_widths_of_the_run(runs):
     run = runs["slow-seed-1"]
     teacher = random_bert()
     (axes,) = hdlib.lab.plot_schedule(run.config, teacher).axes
@@ -383,7 +379,7 @@ def test_the_schedule_is_the_one_of_the_run(runs):
     assert drawn == pytest.approx(widths.to_dict())
 
 
-def test_a_run_that_is_not_there_for_a_figure(runs):
+def test_a_figure_at_a_step_without_a_prune(runs):
     with pytest.raises(ValueError, match="no prune recorded up to step 0"):
         hdlib.lab.plot_neurons(runs["fast"], 0)
     assert isinstance(Run.load(runs["fast"].folder).config, DistillConfig)

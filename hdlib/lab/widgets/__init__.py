@@ -1,9 +1,9 @@
-"""Looking at runs in JupyterLab: widgets read run folders, never live objects, and their pictures have words."""
+"""Widgets for JupyterLab. They only read run folders, and every picture has a text alternative."""
 
-from .chooser import chooser
+from .chooser import Chooser as chooser
 from .compare import compare
 from .explore import explore
-from .live import LiveFigure
-from .watch import watch
+from .watch import LiveFigure
+from .watch import Watch as watch
 
 __all__ = ["LiveFigure", "chooser", "compare", "explore", "watch"]

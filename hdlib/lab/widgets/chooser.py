@@ -1,14 +1,14 @@
-"""A run chosen by controls: what its settings come to before it starts, its files, and its start and stop."""
+"""Choose a run with controls: its sizes before it starts, its files, and buttons that start and stop it."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cache
 from html import escape
-from inspect import signature
 from pathlib import Path
 from threading import Thread
 
@@ -17,310 +17,221 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import yaml
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ...config import CHOICES, DistillConfig
-from ...corpus import SHORTEST, check_there, load_corpus
-from ...models import check_length, language_model_class, load_teacher, shape_of
+from ...corpus import SHORTEST, check_there
+from ...models import check_length, language_model_class, shape_of
 from ...narrowing import empty_stock_model
 from ...widths import Widths
-from ..cost import Projection, flops, parameters, project
-from ..plots import plot_schedule
-from .describe import Shown, alert, status
-from .picture import Picture, drawn
-from .watch import watch
+from ..cost import flops, parameters, project
+from ..plots import WIDTHS, plot_schedule
+from .parts import Shown, alert, drawn, duration, number, status, table, wrapped
+from .watch import Watch
 
-QUICKSTART = Path(__file__).parents[2] / "notebooks" / "00_quickstart.ipynb"
+QUICKSTART = Path(__file__).parents[3] / "notebooks" / "00_quickstart.ipynb"
 FRACTION, SHAPE = "a fraction", "a shape"
-GROUPS = {  # what is chosen first, under its heading: places, and fields of DistillConfig
+OPTIONS = CHOICES | {"target is": (FRACTION, SHAPE)}
+GROUPS = {  # heading: controls, by the names in PLACES and in DistillConfig
     "Places": ("teacher", "corpus", "length", "run_dir"),
     "Shape": ("target", "multiple_of", "initial"),
     "Narrowing": ("schedule", "prune_start", "prune_end", "prune_every", "scorer", "masked"),
     "Training": ("steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "seed", "eval_every"),
 }
-RANGES = {  # what can be typed: the least, the most, and the step of the arrow keys
-    "length": (SHORTEST, 65536, 8),
-    "target": (0.01, 1.0, 0.01),
-    "multiple_of": (1, 1024, 1),
-    "prune_start": (0.0, 1.0, 0.05),
-    "prune_end": (0.0, 1.0, 0.05),
-    "prune_every": (1, 10**6, 1),
-    "steps": (1, 10**7, 100),
-    "batch_size": (1, 10**6, 8),
-    "micro_batch_size": (0, 10**6, 8),
-    "learning_rate": (1e-7, 1.0, 1e-4),
-    "seed": (0, 2**31 - 1, 1),
-    "eval_every": (1, 10**6, 10),
+PLACES = {  # default and description
+    "teacher": ("embedded", "embedded, a local folder, or a model name on the hub"),
+    "corpus": ("embedded", "embedded, a file or folder of txt, jsonl or parquet, or a data set name on the hub"),
+    "length": (128, "S, tokens per block"),
+    "run_dir": ("chosen", "the folder of the run; its configuration is written beside it"),
 }
-PLACES = {
-    "teacher": "embedded, a local folder, or a model's name on the hub",
-    "corpus": "embedded, a file or folder of txt, jsonl or parquet, or the name of a data set on the hub",
-    "length": "S, tokens a block",
-    "run_dir": "the folder that the run will write; its configuration is written beside it",
-}
-WIDTHS = {
-    "hidden": "hidden width; 0: as the teacher's, or what follows from the others",
-    "ffn": "feed-forward width; 0: as the teacher's",
-    "heads": "attention heads a layer; 0: as the teacher's, or what follows from the others",
-    "head_dim": "dimensions of a head; 0: as the teacher's, or what follows from the others",
-}
-BUTTONS = {
-    "measure": (
-        "Measure time and memory",
-        "Two dozen steps on this machine, with random text, tell what the run will take",
-    ),
+ARROWS = {"target": 0.01, "learning_rate": 1e-4, "length": 8, "batch_size": 8, "micro_batch_size": 8, "steps": 100}
+BUTTONS = {  # label and description
+    "measure": ("Measure time and memory", "Project the run from 24 steps on random tokens on this machine"),
     "export": ("Export", "Write the configuration for the command line and the parameters for papermill"),
-    "run": ("Run", "Start the run in a process of its own, or go on with one that was stopped"),
-    "stop": ("Stop", "Let the run end after the step under way, with a checkpoint"),
+    "run": ("Run", "Start the run in its own process, or resume a stopped one"),
+    "stop": ("Stop", "Stop the run after the current step, with a checkpoint"),
 }
-ROWS = {  # a field of the sizes, in words
-    "hidden": "hidden width",
-    "ffn": "feed-forward width",
-    "heads": "heads a layer",
-    "head_dim": "dimensions a head",
-    "total": "parameters",
-    "encoder": "parameters of the encoder",
-    "gflop": "GFLOP of a block",
-}
-CELL = "padding: 1px 8px"
-STOPPED = (143, -15)  # exit statuses after SIGTERM: after a step, and before there was one
-
-
-def chooser(folder: str | Path = "runs") -> Chooser:
-    """Choose a run by controls, see at once what it comes to, export it, start and stop it.
-
-    Args:
-        folder: where run folders go.
-
-    Returns:
-        A widget. Its `controls` and `buttons` can be set and clicked from code too.
-    """
-    return Chooser(folder)
+ROWS = WIDTHS | {"total": "parameters", "encoder": "parameters of the encoder", "gflop": "GFLOP of a block"}
+ERRORS = (ValueError, OSError, MemoryError, ArithmeticError)
 
 
 class Chooser(Shown):
-    """What `chooser` returns.
+    """Choose a run with controls: see its sizes, export its configuration, start and stop it.
+
+    Args:
+        folder: parent of the run folders.
 
     Attributes:
-        controls: name to control: `teacher`, `corpus`, `length` and `run_dir`, and the fields of DistillConfig.
-        by: whether `target` is a fraction, or the shape of `widths`.
-        widths: name to control; 0 leaves a width to the others.
+        controls: by name: `teacher`, `corpus`, `length` and `run_dir`, and fields of DistillConfig.
+        by: whether `target` is a fraction, or the shape in `widths`, where 0 follows from the other widths.
         buttons: `measure`, `export`, `run`, `stop`.
-        config: the DistillConfig that is chosen; None while it is none that can be.
-        sizes: the table that is shown, a row for each of ROWS; empty while nothing can be had.
-        problem: why nothing can be had, in words; "" if all is well.
-        process: of the run that was started last; None before.
+        config: the chosen DistillConfig; None if the choice is impossible.
+        configuration: its arguments for `python -m hdlib`.
+        sizes: the table of sizes of the last possible choice.
+        process: the run that was started last; None before.
     """
 
     def __init__(self, folder: str | Path = "runs"):
-        self.controls, self.widths = _controls(Path(folder)), {name: _width(name) for name in WIDTHS}
-        tooltip = "Whether the student's widths are a fraction of the teacher's, or given one by one"
-        self.by = widgets.Dropdown(options=[FRACTION, SHAPE], description="target is", tooltip=tooltip, **_look())
-        self.buttons = {
-            name: widgets.Button(description=label, tooltip=tooltip, layout={"width": "auto"})
-            for name, (label, tooltip) in BUTTONS.items()
-        }
-        self.table, self.measured, self.told, self.status = (widgets.HTML() for _ in range(4))
-        self.picture, self.watched, self._unseen = Picture(), widgets.VBox(), widgets.Output()
-        self.config, self.sizes, self.problem, self.process = None, pd.DataFrame(), "", None
-        self._outline, self._sizes = cache(_outline), cache(_sizes)  # asked for at every change
+        super().__init__()
+        settings = {field.name: (field.default, field.metadata["help"]) for field in fields(DistillConfig)} | PLACES
+        self.controls = {name: _control(name, *settings[name]) for names in GROUPS.values() for name in names}
+        self.controls["run_dir"].value, self.controls["length"].min = str(Path(folder) / "chosen"), SHORTEST
+        tooltip = "{}: width of the student; 0: as the teacher, or what follows from the other widths"
+        self.widths = {name: _control(name, 0, tooltip.format(label)) for name, label in WIDTHS.items()}
+        self.by = _control("target is", FRACTION, "A fraction of the teacher's widths, or each width on its own")
+        self.buttons, self.process = {}, None
+        self.table, self.measured, self.exported, self.status = (widgets.HTML() for _ in range(4))
+        self.watched, self._hidden = widgets.VBox(), widgets.Output()
+        self._teacher, self._size = cache(_empty_teacher), cache(_size)  # the slowest parts of a refresh
 
         for control in (*self.controls.values(), *self.widths.values(), self.by):
             control.observe(lambda _change: self.refresh(), "value")
         actions = {"measure": self._measure, "export": self._export, "run": self._run, "stop": self._stop}
         for name, action in actions.items():
-            self.buttons[name].on_click(lambda _button, action=action: self._said(action))
+            label, tooltip = BUTTONS[name]
+            self.buttons[name] = widgets.Button(description=label, tooltip=tooltip, layout={"width": "auto"})
+            self.buttons[name].on_click(lambda _button, action=action: self._attempt(action))
         groups = {heading: [self.controls[name] for name in names] for heading, names in GROUPS.items()}
         groups["Shape"] = [self.by, groups["Shape"][0], *self.widths.values(), *groups["Shape"][1:]]
-        settings = widgets.Box([_group(*group) for group in groups.items()], layout={"flex_flow": "row wrap"})
-        buttons = widgets.Box([*self.buttons.values()], layout={"flex_flow": "row wrap"})
-        sizes = widgets.Box([self.table, self.picture], layout={"flex_flow": "row wrap"})
-        super().__init__([settings, sizes, buttons, self.measured, self.told, self.status, self.watched], "")
+        rows = [[_group(*group) for group in groups.items()], [self.table, self.picture], self.buttons.values()]
+        self.children = [*map(wrapped, rows), self.measured, self.exported, self.status, self.watched]
         self.refresh()
 
     def refresh(self) -> None:
-        """Say what the controls come to. No weights are loaded."""
+        """Show the sizes that the controls give, or why they are impossible. Loads no weights."""
         self.controls["target"].disabled = self.by.value == SHAPE
         for control in self.widths.values():
             control.disabled = self.by.value == FRACTION
-        self.measured.value = self.told.value = ""  # of other settings
-        self.config, self.sizes, self.problem = None, pd.DataFrame(), ""
+        self.measured.value = self.exported.value = ""  # they describe the previous choice
         try:
-            config = self._chosen()
-            teacher = self._outline(self.place("teacher"))
-            check_length(self.length, teacher)
-            check_there(self.place("corpus"))
-            self.beside(".yaml")  # refuses a folder without a name
-            self.sizes = self._sizes(teacher, config.shape(teacher), self.length)
-            self.config = config
-            self.table.value = _html(self.sizes, self.place("teacher"), self.length)
-            figure = plot_schedule(config, teacher)
-            plt.close(figure)
-            self.picture.show(drawn(figure), _course(config, teacher))
+            self._show()
         except (ValueError, OSError) as error:
-            self.problem = str(error)
-            self.table.value, self.picture.png, self.picture.alt = alert(self.problem), b"", ""
-        self.alt = self.words()
+            self.config = None
+            self.alt = f"This choice is impossible: {error}"
+            self.table.value, self.picture.png, self.picture.alt = alert(str(error)), b"", ""
         self._enable()
 
-    def _chosen(self) -> DistillConfig:
-        """Raises ValueError for what cannot be."""
-        values = {name: control.value for name, control in self.controls.items() if name not in PLACES}
+    def _show(self) -> None:
+        """Raises OSError or ValueError if the choice is impossible."""
+        values = {name: control.value for name, control in self.controls.items()}
+        places = {name: _place(name, values.pop(name)) for name in ("teacher", "corpus", "run_dir")}
+        length = values.pop("length")
         if self.by.value == SHAPE:
             values["target"] = Widths(**{name: control.value or None for name, control in self.widths.items()})
-        return DistillConfig(**values)
-
-    @property
-    def length(self) -> int:
-        return self.controls["length"].value
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the run will write, from the root on. Raises ValueError if that has no name."""
-        return Path(self.place("run_dir")).expanduser().resolve()
-
-    def place(self, name: str) -> str:
-        """Teacher, corpus or run folder; what is there on this machine from the root on, so that it is found again.
-
-        Raises:
-            ValueError: the control is empty.
-        """
-        said = self.controls[name].value.strip()
-        if not said:
-            raise ValueError(f"{name.replace('_', ' ')} is empty: {PLACES[name]}")
-        path = Path(said).expanduser()
-        return str(path.resolve()) if said != "embedded" and path.exists() else said
-
-    def beside(self, ending: str) -> Path:
-        """A file beside the run folder, of its name."""
-        return self.run_dir.with_name(self.run_dir.name + ending)
-
-    def configuration(self) -> dict:
-        """What `python -m hdlib` takes."""
-        places = {name: self.place(name) for name in ("teacher", "corpus")} | {"length": self.length}
-        return places | self.config.to_dict() | {"run_dir": str(self.run_dir)}
+        config, teacher = DistillConfig(**values), self._teacher(places["teacher"])
+        check_length(length, teacher)
+        check_there(places["corpus"])
+        shapes = {"teacher": Widths.of(teacher), "student": config.shape(teacher)}
+        sizes = pd.DataFrame({name: self._size(teacher, shape, length) for name, shape in shapes.items()})
+        sizes["student / teacher"] = sizes["student"] / sizes["teacher"]
+        self.sizes = sizes.loc[list(ROWS)].rename(index=ROWS)
+        self.config, self.configuration = config, places | {"length": length} | config.to_dict()
+        title = f"Student of {places['teacher']}; GFLOP of one forward pass of {length} tokens, without the head"
+        self.table.value = table(self.sizes, title)
+        figure = plot_schedule(config, teacher)
+        plt.close(figure)
+        self.picture.show(drawn(figure), _kept(figure))
+        settings = yaml.safe_dump(self.configuration, sort_keys=False)
+        self.alt = f"{title}\n{self.sizes.map(number).to_string()}\n\n{settings}"
 
     def notebook_parameters(self) -> dict:
-        """What the quickstart notebook takes: its own parameters, and in `settings` all others."""
-        settings = self.configuration()
-        named = ("teacher", "corpus", "length", "steps", "batch_size", "learning_rate", "seed")
-        taken = {name: settings.pop(name) for name in named}
-        taken["runs"] = str(Path(settings.pop("run_dir")).parent)
-        if not isinstance(self.config.target, Widths):
-            taken["ratio"] = settings.pop("target")
-        return taken | {"settings": settings}
-
-    def words(self) -> str:
-        """What was chosen and what it comes to, for where no widget can be shown."""
-        if self.problem:
-            return f"What was chosen cannot be: {self.problem}"
-        rows = [f"{label}: {_number(row.iloc[0])} -> {_number(row.iloc[1])}" for label, row in self.sizes.iterrows()]
-        chosen = [f"{name}={value}" for name, value in self.configuration().items() if name in self.controls]
-        return f"A student of {self.place('teacher')}\n{'; '.join(rows)}\nchosen: {', '.join(chosen)}"
-
-    @property
-    def png(self) -> bytes:
-        return b"" if self.problem else self.picture.png
+        """The parameters of the quickstart notebook, all others in `settings`."""
+        settings = dict(self.configuration)
+        names = ("teacher", "corpus", "length", "steps", "batch_size", "learning_rate", "seed")
+        values = {name: settings.pop(name) for name in names} | {"runs": str(Path(settings.pop("run_dir")).parent)}
+        if self.by.value == FRACTION:
+            values["ratio"] = settings.pop("target")
+        return values | {"settings": settings}
 
     def _enable(self) -> None:
         running = self.process is not None and self.process.poll() is None
-        for name, button in self.buttons.items():
-            button.disabled = self.config is None or (running and name == "run")
+        for button in self.buttons.values():
+            button.disabled = self.config is None
+        self.buttons["run"].disabled |= running
         self.buttons["stop"].disabled = not running
 
-    def _said(self, action) -> None:
-        """Do what a button asks for; what goes wrong is said."""
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Run the action of a button; show an error as an alert."""
         try:
             action()
-        except (ValueError, OSError, MemoryError, ArithmeticError) as error:
-            self.told.value = alert(str(error))
+        except ERRORS as error:
+            self.exported.value = alert(str(error))
         self._enable()
 
     def _measure(self) -> None:
-        button = self.buttons["measure"]
-        button.description, button.disabled = "Measuring, two dozen steps ...", True
-        try:
-            config = shape_of(self.place("teacher"))
-            with self._unseen, torch.random.fork_rng():  # unseen: progress bars
-                self.measured.value = self._projected(language_model_class(config).from_config(config))
-        finally:
-            button.description = BUTTONS["measure"][0]
+        self.measured.value, self.buttons["measure"].disabled = status("Measuring 24 steps ..."), True
+        with self._hidden, torch.random.fork_rng():  # no progress bars; the global random state does not change
+            self.measured.value = self._projection()
 
-    def _projected(self, teacher: PreTrainedModel) -> str:
+    def _projection(self) -> str:
+        teacher = self._teacher(self.configuration["teacher"])
         try:
-            return _projection(project(teacher, self.config, self.length))
-        except (ValueError, OSError, MemoryError, ArithmeticError) as error:
+            found = project(type(teacher)(teacher.config), self.config, self.configuration["length"])
+        except ERRORS as error:  # here, because an Output catches all exceptions
             return alert(str(error))
+        return status(
+            f"On this machine the run would take {duration(3600 * found.hours)}, at {found.tokens_per_second:,.0f} "
+            f"tokens per second, and use at most {found.gigabytes:.2f} GB of memory."
+        )
 
     def _export(self) -> None:
-        configuration = _written(self.beside(".yaml"), self.configuration())
-        notebook = _written(self.beside(".papermill.yaml"), self.notebook_parameters())
+        configuration = self._write(".yaml", self.configuration)
+        parameters = self._write(".papermill.yaml", self.notebook_parameters())
         lines = [
             ["accelerate", "launch", "-m", "hdlib", configuration],
             ["python", "-m", "hdlib", configuration],
-            ["papermill", QUICKSTART, self.beside(".ipynb"), "-f", notebook],
+            ["papermill", QUICKSTART, configuration.with_suffix(".ipynb"), "-f", parameters],
         ]
-        shown = "\n".join(shlex.join(map(str, line)) for line in lines)
-        said = status("In several processes, in one, or as a notebook:")
-        self.told.value = f"{said}<pre>{escape(shown)}</pre>"
+        commands = escape("\n".join(shlex.join(map(str, line)) for line in lines))
+        self.exported.value = status("In several processes, in one, or as a notebook:") + f"<pre>{commands}</pre>"
+
+    def _write(self, ending: str, values: dict) -> Path:
+        """Write a YAML file beside the run folder."""
+        path = Path(self.configuration["run_dir"] + ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return path
 
     def _run(self) -> None:
-        configuration, log = _written(self.beside(".yaml"), self.configuration()), self.beside(".log")
-        command = [sys.executable, "-m", "hdlib", str(configuration), "--resume"]
+        configuration = self._write(".yaml", self.configuration)
+        command, log = [sys.executable, "-m", "hdlib", configuration, "--resume"], configuration.with_suffix(".log")
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        self.status.value = status(f"Process {self.process.pid} runs; it writes what it says to {log}.")
-        self.watched.children = [watch(self.run_dir)]
+        self.status.value = status(f"Process {self.process.pid} has started. Its output goes to {log}.")
+        self.watched.children = [Watch(self.configuration["run_dir"])]
         Thread(target=self._wait, args=(self.process, log), daemon=True).start()
 
     def _stop(self) -> None:
         self.process.terminate()
-        self.status.value = status("The run will stop after the step under way, with a checkpoint.")
+        self.status.value = status("The run will stop after the current step, with a checkpoint.")
 
     def _wait(self, process: subprocess.Popen, log: Path) -> None:
-        """Say how a process ended, when it has."""
+        """Show how a process ended."""
         code = process.wait()
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         if code == 0:
             self.status.value = status(f"The run has finished. {last}")
-        elif code in STOPPED:
-            self.status.value = status("The run has stopped; Run goes on with it.")
+        elif code in (143, -15):  # SIGTERM, after a step or before the first
+            self.status.value = status("The run has stopped. Press Run to resume it.")
         else:
-            self.status.value = alert(f"The run ended with status {code}: {last} More is in {log}.")
+            self.status.value = alert(f"The run failed with exit status {code}: {last} Read its output in {log}.")
         self._enable()
 
 
-def _controls(folder: Path) -> dict[str, widgets.Widget]:
-    """A control for every name in GROUPS, with the default that the library has for it."""
-    corpus = signature(load_corpus).parameters
-    default = {name: corpus[name].default for name in ("name_or_path", "length")}
-    default |= {"teacher": signature(load_teacher).parameters["name_or_path"].default}
-    default |= {"corpus": default.pop("name_or_path"), "run_dir": str(folder / "chosen")}
-    default |= {field.name: field.default for field in fields(DistillConfig)}
-    meaning = PLACES | {field.name: field.metadata["help"] for field in fields(DistillConfig)}
-    return {name: _control(name, default[name], meaning[name]) for names in GROUPS.values() for name in names}
-
-
 def _control(name: str, default, meaning: str) -> widgets.Widget:
-    said = {"value": default, "description": name.replace("_", " "), "tooltip": meaning} | _look()
+    """The control for a setting. Its bounds are wide: DistillConfig raises for a value that is impossible."""
+    look = {"value": default, "description": name.replace("_", " "), "tooltip": meaning}
+    look |= {"style": {"description_width": "8em"}, "layout": {"width": "19em"}}
     if isinstance(default, bool):
-        return widgets.Checkbox(indent=True, **said)
-    if name in CHOICES:
-        return widgets.Dropdown(options=CHOICES[name], **said)
+        return widgets.Checkbox(indent=True, **look)
+    if name in OPTIONS:
+        return widgets.Dropdown(options=OPTIONS[name], **look)
     if isinstance(default, str):
-        return widgets.Text(continuous_update=False, **said)
-    least, most, step = RANGES[name]
-    kind = widgets.BoundedIntText if isinstance(default, int) else widgets.BoundedFloatText
-    return kind(min=least, max=most, step=step, **said)
-
-
-def _width(name: str) -> widgets.BoundedIntText:
-    said = {"description": name.replace("_", " "), "tooltip": WIDTHS[name]}
-    return widgets.BoundedIntText(value=0, min=0, max=10**6, **said | _look())
-
-
-def _look() -> dict:
-    return {"style": {"description_width": "8em"}, "layout": {"width": "19em"}}
+        return widgets.Text(continuous_update=False, **look)
+    if isinstance(default, int):
+        return widgets.BoundedIntText(min=0, max=2**31 - 1, step=ARROWS.get(name, 1), **look)
+    return widgets.BoundedFloatText(min=0, max=1, step=ARROWS.get(name, 0.05), **look)
 
 
 def _group(heading: str, controls: list[widgets.Widget]) -> widgets.VBox:
@@ -328,33 +239,19 @@ def _group(heading: str, controls: list[widgets.Widget]) -> widgets.VBox:
     return widgets.VBox([title, *controls], layout={"margin": "0 1em 0.5em 0"})
 
 
-def _outline(teacher: str) -> PreTrainedModel:
-    """A teacher without weights. Raises OSError or ValueError in words if there is none, or none to be narrowed."""
-    config = shape_of(teacher)
+def _place(name: str, text: str) -> str:
+    """What a control names; a path on this machine as absolute path, for use from another folder."""
+    path = Path(text.strip()).expanduser()
+    if not path.name:
+        raise ValueError(f"{name} {text!r} is not a name: enter {PLACES[name][1]}")
+    return str(path.resolve()) if name == "run_dir" or (text != "embedded" and path.exists()) else text.strip()
+
+
+def _empty_teacher(name: str) -> PreTrainedModel:
+    """A model in the teacher's shape, without weights. Raises OSError or ValueError if it cannot be narrowed."""
+    config = shape_of(name)
     with torch.device("meta"):
         return language_model_class(config).from_config(config)
-
-
-def _sizes(teacher: PreTrainedModel, target: Widths, length: int) -> pd.DataFrame:
-    """ROWS of teacher and student, and the student's as a fraction of the teacher's."""
-    table = pd.DataFrame(
-        {"teacher": _size(teacher, Widths.of(teacher), length), "student": _size(teacher, target, length)}
-    )
-    table["student / teacher"] = table["student"] / table["teacher"]
-    return table.loc[list(ROWS)].rename(index=ROWS)
-
-
-def _course(config: DistillConfig, teacher: PreTrainedModel) -> str:
-    """When neurons go, in words."""
-    if config.initial == "random":
-        return "The student has its shape from the first step on."
-    target, wide = config.shape(teacher), Widths.of(teacher)
-    halfway = config.widths_at(config.steps // 2, teacher, target)
-    return (
-        f"Of {config.steps:,} steps, neurons go between {config.prune_start:.0%} and {config.prune_end:.0%}, on the "
-        f"{config.schedule} schedule: hidden width {wide.hidden} at first, {halfway.hidden} halfway, "
-        f"{target.hidden} in the end."
-    )
 
 
 def _size(teacher: PreTrainedModel, widths: Widths, length: int) -> dict[str, float]:
@@ -362,35 +259,8 @@ def _size(teacher: PreTrainedModel, widths: Widths, length: int) -> dict[str, fl
     return asdict(widths) | parameters(model) | {"gflop": flops(model.config, length) / 1e9}
 
 
-def _html(sizes: pd.DataFrame, teacher: str, length: int) -> str:
-    header = "".join(f'<th scope="col" style="{CELL}">{column}</th>' for column in ("", *sizes.columns))
-    rows = ""
-    for label, row in sizes.iterrows():
-        cells = "".join(f'<td style="{CELL}; text-align: right">{_number(value)}</td>' for value in row)
-        rows += f'<tr><th scope="row" style="text-align: left">{label}</th>{cells}</tr>'
-    caption = escape(f"A student of {teacher}; operations are those of one forward of {length} tokens, head left out")
-    return f"<table><caption>{caption}</caption><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
-
-
-def _projection(found: Projection) -> str:
-    return status(
-        f"On this machine the run would take {_duration(found.hours)}, at {found.tokens_per_second:,.0f} tokens a "
-        f"second, and hold {found.gigabytes:.2f} GB at most."
-    )
-
-
-def _duration(hours: float) -> str:
-    minutes = hours * 60
-    if minutes < 2:
-        return f"{minutes * 60:.0f} seconds"
-    return f"{minutes:.0f} minutes" if minutes < 120 else f"{hours:,.1f} hours"
-
-
-def _written(path: Path, values: dict) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return path
+def _kept(figure: Figure) -> str:
+    """The text alternative of a schedule."""
+    curves = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    kept = [f"{name} {y[0]:.0%}, {y[len(y) // 2]:.0%}, {y[-1]:.0%}" for name, y in curves.items()]
+    return f"Kept fraction of the widths at the start, halfway and at the end: {'; '.join(kept) or 'all of them'}."

@@ -1,52 +1,76 @@
-"""A run in another process, watched while it grows."""
+"""Views of a run while it trains, in this process or in another."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter, time
 
 import ipywidgets as widgets
+import matplotlib.pyplot as plt
+from IPython.display import display
 
 from ...runs import Run
+from ..plots import plot_discrepancy
 from ..run_figure import RunFigure
-from .describe import Shown, alert, status
 from .explore import explore
-from .picture import Picture, drawn
+from .parts import Shown, alert, drawn, duration, status
 
-QUIET = 20  # times as long as a step usually takes, without a word from the run: something may have happened to it
-AT_LEAST = 120  # seconds of quiet that mean nothing: a checkpoint or a held-out measure may take them
-BUSY = 10  # drawing takes at most one part in this of the kernel's time
+QUIET_STEPS = 20  # without a record for the time of so many steps, the run may have stopped
+QUIET_SECONDS = 120  # but not sooner: a checkpoint or a held-out measure may take as long
 
 
-def watch(run_dir: str | Path, every: float = 2.0) -> Watch:
-    """A live view of a run, from its folder alone: a papermill batch, a cluster job on a disk that is shared.
+class LiveFigure:
+    """Discrepancy and width of a run during training, read from its folder.
+
+    Pass it as `on_step` to `hdlib.distill`. Without a front end the notebook keeps the last drawing.
 
     Args:
-        run_dir: the folder; it need not be there yet.
-        every: seconds between two looks.
-
-    Returns:
-        A widget that looks until the run has finished, and can be explored then. Without a running event loop
-        (outside a notebook) it looks once; `look()` looks again.
+        run_dir: the folder that is given to `distill`.
+        every: seconds between two drawings, so that drawing takes little of the training time.
     """
-    return Watch(run_dir, every)
+
+    def __init__(self, run_dir: str | Path, every: float = 5.0):
+        self.run_dir, self.every = run_dir, every
+        self.drawn, self.handle = -float("inf"), None
+
+    def __call__(self, record: dict) -> None:
+        if "held_out_kl" in record and perf_counter() - self.drawn >= self.every:
+            self.draw()
+
+    def draw(self) -> None:
+        """Replace the last drawing by the current state of the folder."""
+        figure = plot_discrepancy(Run.load(self.run_dir))
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)
+        self.drawn = perf_counter()
 
 
 class Watch(Shown):
-    """What `watch` returns."""
+    """A live view of a run from its folder alone, for a batch job or a cluster job on a shared disk.
 
-    watching: dict[Path, Watch] = {}  # noqa: RUF012  one for each folder: a cell that is run again takes over
+    It reads the folder until the run has finished, and then shows `explore`. Without a running event loop (outside a
+    notebook) it reads once; `look()` reads again.
+
+    Args:
+        run_dir: the folder; it may not exist yet.
+        every: seconds between two reads.
+    """
+
+    watching: dict[Path, Watch] = {}  # noqa: RUF012  one per folder: a cell that runs again pauses the earlier one
 
     def __init__(self, run_dir: str | Path, every: float = 2.0):
+        super().__init__()
         self.run, self.every = Run(run_dir), every
-        self.progress = widgets.IntProgress(0, 0, 1, description="step", layout=widgets.Layout(width="70%"))
-        self.pause = widgets.ToggleButton(False, description="Pause", tooltip="Stop looking; the run goes on")
-        self.words, self.picture = widgets.HTML(), Picture()
+        self.progress = widgets.IntProgress(0, 0, 1, description="step", layout={"width": "70%"})
+        self.pause = widgets.ToggleButton(False, description="Pause", tooltip="Stop reading; the run continues")
+        self.message = widgets.HTML()
         self._seen, self._drawing = None, 0.0
-        super().__init__([widgets.HBox([self.progress, self.pause]), self.words, self.picture], "")
+        self.children = [widgets.HBox([self.progress, self.pause]), self.message, self.picture]
         self.pause.observe(lambda change: change["new"] or self._begin(), "value")
         if before := self.watching.get(self.run.folder.resolve()):
             before.pause.value = True
@@ -55,72 +79,57 @@ class Watch(Shown):
         self._begin()
 
     def look(self) -> bool:
-        """Read what has been written since the last look; whether the run has finished."""
+        """Read the folder and show what is new. Returns whether the run has finished."""
         try:
             finished = self.run.finished
-            self._say(self._state(finished))
-            if self.run.begun and (stamp := self._stamp()) != self._seen:
-                self._seen = stamp
-                self._draw(finished)
-        except (OSError, ValueError) as error:  # a file that is broken, or on its way from another machine
-            self._say(str(error), alert)
+            self.alt = self._state(finished)
+            self.message.value = status(self.alt)
+            self._draw(finished)
+        except (OSError, ValueError) as error:  # a damaged file, or one that a shared disk has not copied yet
+            self.alt, self.message.value = str(error), alert(str(error))
             return False
         return finished
 
-    @property
-    def png(self) -> bytes:
-        return self.picture.png
-
     def _begin(self) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no notebook
-            return
-        self._task = loop.create_task(self._keep_looking())
+        with suppress(RuntimeError):  # no event loop: not in a notebook
+            self._task = asyncio.get_running_loop().create_task(self._keep_looking())
 
     async def _keep_looking(self) -> None:
         while not self.pause.value and not self.look():
-            await asyncio.sleep(max(self.every, BUSY * self._drawing))
-
-    def _stamp(self) -> tuple:
-        """Changes whenever something was recorded."""
-        path = self.run.folder / "metrics.jsonl"
-        return (path.stat().st_size if path.exists() else 0, len(self.run.pruned_at), self.run.finished)
+            await asyncio.sleep(max(self.every, 10 * self._drawing))  # the kernel stays free for other cells
 
     def _draw(self, finished: bool) -> None:
-        started = perf_counter()
+        """Draw the run if anything was recorded since the last drawing."""
+        path = self.run.folder / "metrics.jsonl"
+        recorded = (path.stat().st_size if path.exists() else 0, len(self.run.pruned_at), finished)
+        if not self.run.begun or recorded == self._seen:
+            return
+        self._seen, started = recorded, perf_counter()
         if finished:
             self.explorer = explore(self.run)
-            self.children = [self.children[0], self.words, self.explorer]
-            self.picture.png = getattr(self.explorer, "png", b"")
+            self.picture = self.explorer.picture
+            self.children = [self.children[0], self.message, self.explorer]
         else:
             figure = RunFigure(self.run)
             self.picture.show(drawn(figure.figure), figure.describe(figure.steps[1]))
         self._drawing = perf_counter() - started
 
     def _state(self, finished: bool) -> str:
-        """How far the run is, in a sentence."""
+        """The progress of the run as text."""
         if not self.run.begun:
-            return f"No run has begun in {self.run.folder} yet: waiting for it."
+            return f"No run has started in {self.run.folder} yet; waiting for it."
         metrics, steps = self.run.metrics, self.run.config.steps
         if metrics.empty:
-            return f"The run has begun; none of its {steps:,} steps is done yet."
+            return f"The run has started; none of its {steps:,} steps is complete."
         step, seconds = int(metrics.index[-1]), float(metrics["seconds"].iloc[1:].tail(50).median())
         self.progress.max, self.progress.value = steps, step
         if finished:
-            return f"Finished: {steps:,} steps in {_span(metrics['elapsed'].iloc[-1])} of training."
-        quiet = time() - (self.run.folder / "metrics.jsonl").stat().st_mtime
-        said = f"Step {step:,} of {steps:,}"
+            return f"Finished: {steps:,} steps in {duration(metrics['elapsed'].iloc[-1])} of training."
+        text = f"Step {step:,} of {steps:,}"
         if step > metrics.index[0]:
-            said += f", {1 / seconds:.3g} steps a second, about {_span((steps - step) * seconds)} to go"
-        said += f"; last heard of {_span(quiet)} ago."
-        if quiet > max(AT_LEAST, QUIET * (seconds if seconds == seconds else 0)):
-            said += " It may have been stopped: with --resume, or resume=True, it goes on from its last checkpoint."
-        return said
-
-    def _say(self, text: str, how: Callable[[str], str] = status) -> None:
-        self.alt, self.words.value = text, how(text)
-
-
-def _span(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+            text += f", {1 / seconds:.3g} steps per second, about {duration((steps - step) * seconds)} left"
+        quiet = time() - (self.run.folder / "metrics.jsonl").stat().st_mtime
+        text += f". Last record {duration(quiet)} ago."
+        if quiet > max(QUIET_SECONDS, QUIET_STEPS * seconds):  # max ignores a second value of NaN, at the first record
+            text += " The run may have stopped: start it again with --resume, or resume=True, to continue it."
+        return text
