@@ -44,7 +44,7 @@ class Explorer(Shown):
 
     def __init__(self, run: Run, teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None):
         super().__init__(missing(run))
-        self.drawn, self.guesser = RunFigure(run), Guesser(run, teacher)
+        self.run, self.drawn, self.guesser = run, RunFigure(run), Guesser(run, teacher)
         for artist in self.drawn.moving:
             artist.set_animated(True)
         self._canvas = drawn(self.drawn.figure)
