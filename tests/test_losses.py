@@ -84,7 +84,7 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
 
 
 @pytest.mark.parametrize(("width", "kept"), [(32, "gradients"), (64, "queries and keys")])
-def test_scores_keep_the_smaller_for_the_way_back(width, kept):
+def test_scores_save_the_smaller_tensors_for_backward(width, kept):
     """A narrower student's two gradients, and nothing of the teacher's; as wide, what is there anyway."""
     ours, theirs = ([torch.randn(4, 6, 64, size) for _ in range(2)] for size in (width, 64))
     found = losses.ScoreDifference.apply(*(each.requires_grad_() for each in ours), *theirs, 1.0, 1.0, None)

@@ -58,7 +58,7 @@ def test_a_teacher_that_was_cast_once_says_the_same(kind):
 
 @pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
-def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_pieces, monkeypatch):
+def test_recompute_casts_changes_no_number_and_restores_forward(kind, in_pieces, monkeypatch):
     """To the last bit what autocast computes, forwards and back; the model's layers are the stock ones afterwards.
 
     In pieces the head runs many times, and again on the way back; autocast adds up its gradients in bfloat16.
@@ -84,14 +84,14 @@ def test_casting_again_changes_no_number_and_leaves_nothing_behind(kind, in_piec
     assert layers and all("forward" not in vars(layer) for layer in layers)
 
 
-def test_casting_again_leaves_float32_alone():
+def test_recompute_casts_leaves_float32_unchanged():
     model, (input_ids, _) = random_model("bert").eval(), random_batch()
     expected = model(input_ids).logits
     with precision.recompute_casts(model):
         assert torch.equal(model(input_ids).logits, expected)
 
 
-def test_no_copy_of_a_weight_is_kept_for_the_way_back():
+def test_no_cast_weight_is_kept_for_the_backward_pass():
     """Sixteen layers, of whose copies one exists at a time; autocast holds all of them after the forward."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
     states = torch.randn(4, 512)
