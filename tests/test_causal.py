@@ -1,4 +1,4 @@
-"""Next-token distillation by the same call: GPT-2, Qwen and their like, and every family through the whole loop."""
+"""Next-token distillation (GPT-2, Qwen and others), and every family through the whole loop."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def causal_blocks(text_file, causal_tokenizer):
     return hdlib.load_corpus(text_file, causal_tokenizer, 16)
 
 
-def test_blocks_are_the_stream_and_labels_the_next_tokens(causal_tokenizer, causal_blocks, text_file):
+def test_blocks_are_slices_of_the_stream_and_labels_the_next_tokens(causal_tokenizer, causal_blocks, text_file):
     train, validation = causal_blocks
     first = validation[0]
     assert first["labels"] == [*first["input_ids"][1:], -100] and len(first["input_ids"]) == 16
@@ -49,20 +49,20 @@ def test_blocks_are_the_stream_and_labels_the_next_tokens(causal_tokenizer, caus
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.causal])
 def test_the_loss_by_hand(name):
-    """Next-token cross entropy is what the stock model computes itself; no term looks at the future."""
+    """The mlm term is the stock model's own next-token loss; no term depends on masked pairs of tokens."""
     teacher, student = random_model(name), random_model(name, seed=1)
     input_ids, labels = NextToken()(random_batch()[0], torch.Generator())
-    theirs, ours = forward(teacher, input_ids), forward(student, input_ids)
-    terms = loss_for(teacher)(ours, theirs, labels)
+    teacher_outputs, student_outputs = forward(teacher, input_ids), forward(student, input_ids)
+    terms = loss_for(teacher)(student_outputs, teacher_outputs, labels)
     torch.testing.assert_close(terms.mlm, student(input_ids, labels=input_ids).loss)
-    expected = prediction_loss(ours.logits[:, :-1].flatten(0, 1), theirs.logits[:, :-1].flatten(0, 1))
-    torch.testing.assert_close(terms.prediction, expected)
+    logits = [outputs.logits[:, :-1].flatten(0, 1) for outputs in (student_outputs, teacher_outputs)]
+    torch.testing.assert_close(terms.prediction, prediction_loss(*logits))
     window = getattr(teacher.config, "sliding_window", None)
     types = getattr(teacher.config, "layer_types", None) or ["full_attention"] * 2
-    # Mistral has no layer types: its window is that of all layers.
+    # Mistral has no layer types: all layers have the window.
     types = ["sliding_attention"] * 2 if teacher.config.model_type == "mistral" else types
     attention = []
-    for kind, s, t in zip(types, ours.attentions, theirs.attentions, strict=True):
+    for kind, s, t in zip(types, student_outputs.attentions, teacher_outputs.attentions, strict=True):
         past = torch.ones(16, 16).tril().bool()
         if kind == "sliding_attention":
             past &= ~torch.ones(16, 16).tril(-window).bool()
@@ -71,7 +71,7 @@ def test_the_loss_by_hand(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_padding_is_seen_by_every_family(name):
+def test_every_family_handles_padding(name):
     """The recording forward gives the stock logits, and pairs with padding in them do not count."""
     model, other = random_model(name), random_model(name, seed=1)
     input_ids, labels = random_batch()
@@ -83,30 +83,29 @@ def test_padding_is_seen_by_every_family(name):
     labels[0, 11:] = -100
     terms = loss_for(model)(output, forward(other, input_ids, attention_mask=mask), labels, mask)
     changed = input_ids.clone()
-    changed[0, 11:] = 7  # what stands in the padding must not matter
+    changed[0, 11:] = 7  # tokens of the padding must not matter
     again = loss_for(model)(
         forward(model, changed, attention_mask=mask), forward(other, changed, attention_mask=mask), labels, mask
     )
-    if name not in ("deberta-v2",):  # its convolution reads over the edge
+    if name != "deberta-v2":  # its convolution reads padding
         for term, value in terms.named().items():
             torch.testing.assert_close(again.named()[term], value, rtol=1e-4, atol=1e-5, msg=term)
 
 
-def test_pairs_outside_a_mask_leave_no_trace():
-    """Not even where a score there is not a number or infinite."""
-    ours, theirs = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(1, 2, 4, 4)
+def test_pairs_outside_a_mask_have_no_effect():
+    """Not even infinite scores."""
+    student, teacher = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(1, 2, 4, 4)
     past = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
-    expected = ((ours - theirs) ** 2)[..., past[0, 0]].mean()
-    broken = theirs.masked_fill(~past, float("inf"))
-    loss = attention_loss(ours, broken, pairs_that_count(past, None))
+    expected = ((student - teacher) ** 2)[..., past[0, 0]].mean()
+    loss = attention_loss(student, teacher.masked_fill(~past, float("inf")), pairs_that_count(past, None))
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    assert torch.isfinite(ours.grad).all() and (ours.grad[..., ~past[0, 0]] == 0).all()
+    assert torch.isfinite(student.grad).all() and (student.grad[..., ~past[0, 0]] == 0).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, blocks, causal_blocks, tmp_path):
-    """Saved, loaded as a teacher, distilled and narrowed, killed and resumed, loaded as a student."""
+    """Save a teacher, load it, distil and narrow it, kill and resume the run, load the student."""
     its_tokenizer, text = (causal_tokenizer, causal_blocks) if KINDS[name].causal else (tokenizer, blocks)
     special = {"pad_token_id": its_tokenizer.pad_token_id} if its_tokenizer.pad_token_id is not None else {}
     random_model(name, vocabulary=len(its_tokenizer), **special).save_pretrained(tmp_path / "teacher")
@@ -133,7 +132,7 @@ def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, 
 
 
 def test_a_student_comes_closer_to_a_causal_teacher(causal_tokenizer, causal_blocks, tmp_path):
-    """The teacher is random, so what the text says is left out: it would pull the student elsewhere."""
+    """Without the mlm term: the teacher is random, and the text would pull the student away from it."""
     teacher = random_model("qwen3", vocabulary=len(causal_tokenizer))
     config = DistillConfig(**ARGUMENTS | {"steps": 300, "eval_every": 300, "checkpoint_every": 300, "mlm": 0.0})
     run = hdlib.distill(teacher, causal_tokenizer, *causal_blocks, config, tmp_path)
@@ -143,7 +142,7 @@ def test_a_student_comes_closer_to_a_causal_teacher(causal_tokenizer, causal_blo
     assert run.metrics["held_out_kl"].iloc[-1] < 0.75 * untrained
 
 
-def test_blocks_of_the_other_kind_are_refused(teacher, tokenizer, blocks, text_file, causal_tokenizer, tmp_path):
+def test_blocks_of_the_other_task_raise(teacher, tokenizer, blocks, text_file, causal_tokenizer, tmp_path):
     config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2, precision="float32")
     unmasked = hdlib.load_corpus(text_file, tokenizer, 16, causal=True)
     with pytest.raises(ValueError, match=r"predicts masked tokens, but .* of next ones.*causal=False"):
@@ -156,8 +155,8 @@ def test_blocks_of_the_other_kind_are_refused(teacher, tokenizer, blocks, text_f
     assert not (tmp_path / "run").exists()
 
 
-def test_positions_that_begin_after_the_padding(tokenizer, text_file, tmp_path):
-    """A RoBERTa of 34 positions reads 32 - pad_token_id tokens at most, which would be an index error in training."""
+def test_positions_that_start_after_the_padding_token(tokenizer, text_file, tmp_path):
+    """A RoBERTa counts positions from pad_token_id + 1; longer blocks would be an index error in training."""
     long = hdlib.load_corpus(text_file, tokenizer, 32)
     teacher = random_model("roberta", vocabulary=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     assert teacher.config.max_position_embeddings == 34

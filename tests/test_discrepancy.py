@@ -1,4 +1,4 @@
-"""Held-out measures against plain NumPy; figures from recorded runs."""
+"""Held-out measures against NumPy; figures of recorded runs."""
 
 import numpy as np
 import pandas as pd
@@ -24,31 +24,31 @@ def test_measures_agree_with_numpy(tokenizer, blocks):
     held_out = blocks[1].take(21)
     measured = hdlib.discrepancy(student, teacher, held_out, batch_size=4)
     input_ids, labels = torch.tensor(held_out["input_ids"]), np.array(held_out["labels"])
-    chosen = labels != -100
+    labelled = labels != -100
     with torch.no_grad():
-        ours, theirs = (model(input_ids, output_hidden_states=True) for model in (student, teacher))
-    log_q, log_p = (output.logits.log_softmax(-1).double().numpy()[chosen] for output in (ours, theirs))
+        outputs = [model(input_ids, output_hidden_states=True) for model in (student, teacher)]
+    log_q, log_p = (output.logits.log_softmax(-1).double().numpy()[labelled] for output in outputs)
     rows = np.arange(len(log_p))
     assert measured["kl"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
     assert measured["agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
-    assert measured["accuracy"] == pytest.approx((log_q.argmax(-1) == labels[chosen]).mean())
-    assert measured["teacher_accuracy"] == pytest.approx((log_p.argmax(-1) == labels[chosen]).mean())
-    assert measured["mlm"] == pytest.approx(-log_q[rows, labels[chosen]].mean(), rel=1e-4)
-    assert measured["teacher_mlm"] == pytest.approx(-log_p[rows, labels[chosen]].mean(), rel=1e-4)
+    assert measured["accuracy"] == pytest.approx((log_q.argmax(-1) == labels[labelled]).mean())
+    assert measured["teacher_accuracy"] == pytest.approx((log_p.argmax(-1) == labels[labelled]).mean())
+    assert measured["mlm"] == pytest.approx(-log_q[rows, labels[labelled]].mean(), rel=1e-4)
+    assert measured["teacher_mlm"] == pytest.approx(-log_p[rows, labels[labelled]].mean(), rel=1e-4)
     errors = []
-    for x, y in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+    for x, y in zip(*(output.hidden_states[1:] for output in outputs), strict=True):
         x, y = x.flatten(0, 1).double().numpy(), y.flatten(0, 1).double().numpy()
         errors.append(((x @ np.linalg.lstsq(x, y, rcond=None)[0] - y) ** 2).mean())
     assert measured["hidden"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-def test_models_are_left_in_their_mode(teacher, blocks):
+def test_models_keep_their_mode(teacher, blocks):
     student = hdlib.models.student_of(teacher).train()
     measured = hdlib.discrepancy(student, teacher, blocks[1].take(4))
     assert student.training and not teacher.training and measured["kl"] == 0.0
 
 
-def test_states_that_are_not_finite_show(teacher, blocks):
+def test_states_that_are_not_finite_give_nan(teacher, blocks):
     student = hdlib.models.student_of(teacher)
     student.bert.encoder.layer[1].output.dense.bias.data[0] = float("inf")
     measured = hdlib.discrepancy(student, teacher, blocks[1].take(4))
@@ -96,13 +96,13 @@ def test_figures_show_what_was_recorded(recorded):
     assert [text.get_text() for text in both.get_legend().get_texts()] == ["ours", "again"]
 
 
-def test_figures_of_a_run_that_has_only_started(tmp_path):
+def test_figures_of_a_run_without_records(tmp_path):
     run = hdlib.Run.start(tmp_path, {"config": {"steps": 10}})
     for figure in (hdlib.lab.plot_discrepancy(run), hdlib.lab.plot_losses(run)):
         assert "nothing recorded yet" in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
+def test_the_live_figure_is_updated_during_the_run(recorded, monkeypatch):
     drawn = []
 
     class Handle:
@@ -121,7 +121,7 @@ def test_the_live_figure_draws_while_the_run_goes_on(recorded, monkeypatch):
     patient = hdlib.lab.LiveFigure(recorded.folder, every=1000.0)
     for record in recorded.records():
         patient(record)
-    assert len(drawn) == 6, "not more often than asked for"
+    assert len(drawn) == 6, "not before `every` seconds"
 
 
 def test_cost_counts_and_times(teacher):

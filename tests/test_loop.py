@@ -1,4 +1,4 @@
-"""The whole loop on a small real task: widths, records, resume, divergence, processes."""
+"""The whole loop on a small task: widths, records, resume, divergence, processes, the command."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import hdlib
 import hdlib.__main__
 from hdlib import DistillConfig, Widths
+from hdlib.data import Blocks
 from hdlib.losses import TERMS
 
 from models import random_model
@@ -28,7 +30,7 @@ ARGUMENTS = {
     "eval_blocks": 8,
     "checkpoint_every": 5,
     "learning_rate": 3e-3,
-    "precision": "float32",  # what is compared must not depend on what the machine is fast with
+    "precision": "float32",  # "auto" would depend on the machine
 }
 
 
@@ -51,19 +53,19 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
     metrics = hdlib.Run.load(tmp_path).metrics
 
     assert list(metrics.index) == list(range(25)) and seen == run.records()
-    # The homotopy starts at the teacher: no discrepancy, and the terms are 0 at the first step.
+    # The student starts as the teacher: no discrepancy, and all distillation terms are 0 at the first step.
     assert metrics.loc[0, "held_out_kl"] == 0.0 and metrics.loc[0, "held_out_agreement"] == 1.0
     assert all(metrics.loc[1, term] == 0.0 for term in TERMS[1:])
     assert all(metrics.loc[24, term] > 0.0 for term in TERMS)
-    # Widths never rise, every one is what the schedule asks for, and the end is the target.
+    # Widths never rise, each is that of the schedule, and the last is the target.
     target = Widths.at(teacher, 0.5)
     for step, row in metrics.iterrows():
-        asked = config.widths_at(step, teacher, target)
-        assert (row["hidden_size"], row["intermediate_size"]) == (asked.hidden, asked.ffn)
+        expected = config.widths_at(step, teacher, target)
+        assert (row["hidden_size"], row["intermediate_size"]) == (expected.hidden, expected.ffn)
     assert metrics["hidden_size"].is_monotonic_decreasing and metrics["hidden_size"].nunique() > 3
     assert metrics["hidden_size"].iloc[-1] == 12 and metrics["intermediate_size"].iloc[-1] == 28
-    assert metrics.loc[:1, "hidden_size"].eq(24).all(), "nothing goes before the start"
-    # The result is there, narrow, and the teacher is what it was.
+    assert metrics.loc[:1, "hidden_size"].eq(24).all(), "no prune before the start"
+    # The student has the target widths, and the teacher has not changed.
     student, its_tokenizer = run.student()
     assert Widths.of(student) == target and its_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert all(torch.equal(before[name], parameter) for name, parameter in teacher.named_parameters())
@@ -75,7 +77,7 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
 
 @pytest.mark.parametrize(("weights", "share"), [({}, 1.0), (dict.fromkeys(("mlm", *STATES), 0.0), 0.5)])
 def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_path):
-    """Narrowed and trained is closer to the teacher than narrowed alone; much closer if nothing else is asked for."""
+    """A trained student is closer to the teacher than a narrowed one, much closer if KL is the only term."""
     config = DistillConfig(**ARGUMENTS | {"steps": 400, "eval_every": 400, "checkpoint_every": 400} | weights)
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
@@ -84,13 +86,26 @@ def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_pat
     assert run.metrics["held_out_kl"].iloc[-1] < share * untrained
 
 
+def test_arrays_and_paths_in_the_home_directory(teacher, tokenizer, blocks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    train, validation = (np.array(part["input_ids"]) for part in blocks)  # (N, S)
+    validation = Blocks(validation, np.array(blocks[1]["labels"]))
+    config = DistillConfig(**ARGUMENTS | {"steps": 4})
+    run = hdlib.distill(*hdlib.load_teacher("~/teacher"), train, validation, config, "~/run")
+    assert run.folder == tmp_path / "run"
+    expected = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "expected")
+    assert run.metrics["total"].equals(expected.metrics["total"])
+
+
 def test_ratio_one_prunes_nothing(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"steps": 4, "target": 1.0})
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     assert Widths.of(run.student()[0]) == Widths.of(teacher)
 
 
-def test_widths_on_the_way_are_multiples_too(teacher, tokenizer, blocks, tmp_path):
+def test_intermediate_widths_are_multiples_too(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"multiple_of": 8, "steps": 12})
     widths = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).metrics["intermediate_size"]
     assert widths.nunique() > 2 and all(width % 8 == 0 for width in widths.iloc[1:])
@@ -108,14 +123,14 @@ def test_heads_instead_of_head_dimensions(teacher, tokenizer, blocks, tmp_path):
     assert Widths.of(student) == Widths(12, 28, 6, 2)
 
 
-def test_a_finished_run_is_not_run_again(teacher, tokenizer, blocks, config, tmp_path):
+def test_a_finished_run_is_not_repeated(teacher, tokenizer, blocks, config, tmp_path):
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     expected = weights(run)
     again = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True, on_step=pytest.fail)
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(again).items())
 
 
-def test_the_student_carries_a_card_of_what_it_is(teacher, tokenizer, blocks, config, tmp_path):
+def test_the_student_has_a_model_card(teacher, tokenizer, blocks, config, tmp_path):
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     card = ModelCard.load(run.student_folder / "README.md")
     assert card.data.pipeline_tag == "fill-mask" and card.data.library_name == "transformers"
@@ -129,7 +144,7 @@ def test_the_student_carries_a_card_of_what_it_is(teacher, tokenizer, blocks, co
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 7, 10, 13, 23])
-def test_resumed_is_undisturbed(teacher, tokenizer, blocks, config, tmp_path, killed_at):
+def test_a_resumed_run_equals_an_uninterrupted_one(teacher, tokenizer, blocks, config, tmp_path, killed_at):
     whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
 
     def kill(record):
@@ -145,7 +160,7 @@ def test_resumed_is_undisturbed(teacher, tokenizer, blocks, config, tmp_path, ki
     assert resumed.metrics.drop(columns=clocks).equals(whole.metrics.drop(columns=clocks))
 
 
-def test_a_broken_checkpoint_is_passed_over(teacher, tokenizer, blocks, config, tmp_path):
+def test_a_broken_checkpoint_is_skipped(teacher, tokenizer, blocks, config, tmp_path):
     def kill(record):
         if record["step"] == 17:
             raise KeyboardInterrupt
@@ -164,7 +179,7 @@ def test_a_loss_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config,
 
     def poisoned(*arguments):
         calls.append(None)
-        # Two layers a step: from the 12th step on the attention term is not a number.
+        # Two layers per step: the attention term is nan from step 12 on.
         return attention(*arguments) * (math.nan if len(calls) > 22 else 1.0)
 
     monkeypatch.setattr(hdlib.losses.ScoreDifference, "apply", poisoned)
@@ -189,8 +204,8 @@ def test_a_gradient_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, con
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
 
 
-def test_a_step_too_far_is_named(teacher, tokenizer, blocks, tmp_path):
-    """A learning rate that throws the weights out of range: the message names a step, the record stays readable."""
+def test_a_learning_rate_that_is_too_high_stops_the_run(teacher, tokenizer, blocks, tmp_path):
+    """The message names the step, and the record holds finite numbers only."""
     config = DistillConfig(**ARGUMENTS | {"learning_rate": 1e30, "warmup": 0.0, "eval_every": 1})
     with pytest.raises(hdlib.Diverged, match=r"step \d+: .* is (nan|inf|-inf).*learning_rate"):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
@@ -237,7 +252,7 @@ def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_fil
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         ("steps: 3e-4\nrun_dir: r\n", "steps must be of type int"),
         ("step: 3\nrun_dir: r\n", "unknown arguments step"),
@@ -245,10 +260,10 @@ def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_fil
         ("corpus: nowhere/at/all\nrun_dir: r\n", "no file or folder nowhere/at/all"),
     ],
 )
-def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, text, words):
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, text, message):
     (tmp_path / "config.yaml").write_text(text)
     monkeypatch.setattr(sys, "argv", ["hdlib", str(tmp_path / "config.yaml")])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(SystemExit, match=message):
         hdlib.__main__.main()
     assert not (tmp_path / "r").exists()

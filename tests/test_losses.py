@@ -1,4 +1,4 @@
-"""Loss terms against hand-written NumPy, and what must be refused."""
+"""Loss terms against NumPy and automatic differentiation, and the errors of impossible arguments."""
 
 from types import SimpleNamespace
 
@@ -39,16 +39,16 @@ def test_mlm_loss_is_the_mean_negative_log_probability():
     assert mlm_loss(logits, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 40, 2**19])  # rows by one, in pieces that do not divide them, all at once
+@pytest.mark.parametrize("chunk", [1, 40, 2**19])  # one row, pieces that do not divide the rows, all rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunked_terms_and_their_gradients_are_those_of_automatic_differentiation(chunk, dtype, monkeypatch):
     monkeypatch.setitem(losses.PIECE, "cpu", chunk)
     teacher, labels = 3 * torch.randn(7, 11, dtype=dtype), torch.tensor([0, 10, -100, 3, 3, -100, 7])
     logits = [(3 * teacher.flip(0)).requires_grad_() for _ in range(2)]
     found = 0.3 * mlm_loss(logits[0], labels) + 0.7 * prediction_loss(logits[0], teacher, 2.0)
-    log_shares = [torch.log_softmax(each / 2.0, -1) for each in (logits[1], teacher)]
+    log_probabilities = [torch.log_softmax(each / 2.0, -1) for each in (logits[1], teacher)]
     plain = 0.3 * functional.cross_entropy(logits[1], labels)
-    plain = plain + 0.7 * 4 * functional.kl_div(*log_shares, reduction="batchmean", log_target=True)
+    plain = plain + 0.7 * 4 * functional.kl_div(*log_probabilities, reduction="batchmean", log_target=True)
     for loss in (found, plain):
         loss.backward()
     tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 1e-6 if dtype == torch.float32 else 1e-13}
@@ -63,7 +63,7 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
     piece, masked, width, monkeypatch
 ):
     monkeypatch.setitem(losses.PIECE, "cpu", piece)
-    ours, theirs = (
+    student, teacher = (
         [torch.randn(4, 5, 3, size, dtype=torch.float64).transpose(1, 2) for _ in range(2)] for size in (width, 4)
     )
     real = torch.tensor([5, 4, 5, 2])[:, None] > torch.arange(5)
@@ -72,30 +72,30 @@ def test_score_differences_and_their_gradients_are_those_of_automatic_differenti
         "the future": torch.ones(5, 5, dtype=torch.bool).tril()[None, None],
         "padding": pairs_that_count(None, real),
     }[masked]
-    copies = [[each.clone().requires_grad_() for each in ours] for _ in range(2)]
-    found = losses.ScoreDifference.apply(*copies[0], *theirs, 0.5, 0.25, pairs)
-    plain = attention_loss(0.5 * copies[1][0] @ copies[1][1].mT, 0.25 * theirs[0] @ theirs[1].mT, pairs)
+    copies = [[each.clone().requires_grad_() for each in student] for _ in range(2)]
+    found = losses.ScoreDifference.apply(*copies[0], *teacher, 0.5, 0.25, pairs)
+    plain = attention_loss(0.5 * copies[1][0] @ copies[1][1].mT, 0.25 * teacher[0] @ teacher[1].mT, pairs)
     for loss in (0.3 * found, 0.3 * plain):
         loss.backward()
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
     for one, other in zip(*copies, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
-    assert losses.ScoreDifference.apply(*theirs, *theirs, 1.0, 1.0, pairs).item() == 0.0
+    assert losses.ScoreDifference.apply(*teacher, *teacher, 1.0, 1.0, pairs).item() == 0.0
 
 
-@pytest.mark.parametrize(("width", "kept"), [(32, "gradients"), (64, "queries and keys")])
-def test_scores_save_the_smaller_tensors_for_backward(width, kept):
-    """A narrower student's two gradients, and nothing of the teacher's; as wide, what is there anyway."""
-    ours, theirs = ([torch.randn(4, 6, 64, size) for _ in range(2)] for size in (width, 64))
-    found = losses.ScoreDifference.apply(*(each.requires_grad_() for each in ours), *theirs, 1.0, 1.0, None)
+@pytest.mark.parametrize(("width", "stored"), [(32, "gradients"), (64, "queries and keys")])
+def test_score_differences_store_the_smaller_tensors_for_the_backward_pass(width, stored):
+    """A narrower student's two gradients; for a student as wide, the queries and keys, which exist already."""
+    student, teacher = ([torch.randn(4, 6, 64, size) for _ in range(2)] for size in (width, 64))
+    found = losses.ScoreDifference.apply(*(each.requires_grad_() for each in student), *teacher, 1.0, 1.0, None)
     saved = [each for each in found.grad_fn.saved_tensors if each is not None]
-    there = {each.data_ptr() for each in ours + theirs}
-    assert [each.shape[-1] for each in saved] == ([width] * 2 if kept == "gradients" else [64] * 4)
-    assert {each.data_ptr() in there for each in saved} == {kept == "queries and keys"}
+    inputs = {each.data_ptr() for each in student + teacher}
+    assert [each.shape[-1] for each in saved] == ([width] * 2 if stored == "gradients" else [64] * 4)
+    assert {each.data_ptr() in inputs for each in saved} == {stored == "queries and keys"}
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
-    """Gradients of exactly 0, not of rounding: Adam would make whole steps out of that."""
+def test_a_student_that_equals_its_teacher_has_zero_gradients():
+    """Exactly 0, without rounding: Adam would scale the smallest gradient up to a whole step."""
     teacher = random_bert()
     student = hdlib.models.student_of(teacher)
     input_ids, labels = random_batch()
@@ -108,18 +108,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
 @pytest.mark.parametrize("piece", [1, 50, 2**19])
 def test_state_differences_and_their_gradients_are_those_of_automatic_differentiation(piece, monkeypatch):
     monkeypatch.setitem(losses.PIECE, "cpu", piece)
-    ours, theirs = (torch.randn(3, 5, 8, dtype=torch.float64) for _ in range(2))
-    copies = [ours.clone().requires_grad_() for _ in range(2)]
-    found, plain = state_loss(copies[0], theirs), torch.nn.functional.mse_loss(copies[1], theirs)
+    student, teacher = (torch.randn(3, 5, 8, dtype=torch.float64) for _ in range(2))
+    copies = [student.clone().requires_grad_() for _ in range(2)]
+    found, plain = state_loss(copies[0], teacher), functional.mse_loss(copies[1], teacher)
     for loss in (0.3 * found, 0.3 * plain):
         loss.backward()
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(copies[0].grad, copies[1].grad, rtol=1e-12, atol=0)
-    assert state_loss(theirs, theirs).item() == 0.0
+    assert state_loss(teacher, teacher).item() == 0.0
 
 
-def test_chunked_terms_hold_no_more_than_the_gradient():
-    """Beside logits and their gradient, a chunk at a time: float32 copies of all logits would be four times as much."""
+def test_chunked_terms_store_only_the_gradient():
+    """Float32 copies of all logits would need four times as much memory."""
     student, teacher = (torch.randn(64, 30522, dtype=torch.bfloat16) for _ in range(2))
     student.requires_grad_()
     labels = torch.arange(64)
@@ -129,9 +129,9 @@ def test_chunked_terms_hold_no_more_than_the_gradient():
 
 def test_padding_does_not_count():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    ours, theirs = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
-    errors = (ours - theirs).numpy() ** 2
-    assert state_loss(ours, theirs, mask).item() == pytest.approx(errors[mask.numpy() == 1].mean(), rel=1e-6)
+    student, teacher = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    errors = (student - teacher).numpy() ** 2
+    assert state_loss(student, teacher, mask).item() == pytest.approx(errors[mask.numpy() == 1].mean(), rel=1e-6)
     scores, targets = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
     errors = (scores - targets).numpy() ** 2
     real = np.concatenate([errors[0, :, :3, :3].ravel(), errors[1, :, :2, :2].ravel()])
@@ -139,30 +139,29 @@ def test_padding_does_not_count():
 
 
 def test_the_sum_of_the_terms_by_hand():
-    """Two narrow random models: every term recomputed from plain tensors."""
+    """Two random models; every term is recomputed from plain tensors."""
     teacher, student = random_bert(seed=0), random_bert(seed=1)
     input_ids, labels = random_batch()
     loss = loss_for(teacher, mlm=0.5, prediction=2.0, hidden=3.0, attention=0.25, embedding=4.0)
     with torch.no_grad():
         for projection in loss.parameters():
             projection.add_(0.1 * torch.randn_like(projection))
-    theirs, ours = forward(teacher, input_ids), forward(student, input_ids)
-    terms = loss(ours, theirs, labels)
+    teacher_outputs, student_outputs = forward(teacher, input_ids), forward(student, input_ids)
+    terms = loss(student_outputs, teacher_outputs, labels)
     masked = labels != -100
-    hidden = [
-        ((s @ w - t) ** 2).mean()
-        for s, t, w in zip(ours.hidden_states[1:], theirs.hidden_states[1:], loss.hidden_projections, strict=True)
-    ]
+    states = zip(student_outputs.hidden_states, teacher_outputs.hidden_states, strict=True)
+    projections = [loss.embedding_projection, *loss.hidden_projections]
+    errors = [((s @ w - t) ** 2).mean() for (s, t), w in zip(states, projections, strict=True)]
     attention = [
         ((s.query @ s.key.mT * s.scaling - t.query @ t.key.mT * t.scaling) ** 2).mean()
-        for s, t in zip(ours.attentions, theirs.attentions, strict=True)
+        for s, t in zip(student_outputs.attentions, teacher_outputs.attentions, strict=True)
     ]
     expected = {
-        "mlm": mlm_loss(ours.logits[masked], labels[masked]),
-        "prediction": prediction_loss(ours.logits[masked], theirs.logits[masked]),
-        "hidden": sum(hidden),
+        "mlm": mlm_loss(student_outputs.logits[masked], labels[masked]),
+        "prediction": prediction_loss(student_outputs.logits[masked], teacher_outputs.logits[masked]),
+        "hidden": sum(errors[1:]),
         "attention": sum(attention),
-        "embedding": ((ours.hidden_states[0] @ loss.embedding_projection - theirs.hidden_states[0]) ** 2).mean(),
+        "embedding": errors[0],
     }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(terms, name), value, rtol=1e-5, atol=1e-6)
@@ -171,7 +170,7 @@ def test_the_sum_of_the_terms_by_hand():
 
 
 def test_recorded_scores_are_those_of_eager_attention():
-    """Without a mask, log-probabilities of eager attention differ from our scores by a constant a row."""
+    """The softmax of the recorded scores equals the probabilities of eager attention."""
     model = random_bert()
     input_ids, _ = random_batch()
     recorded = forward(model, input_ids).attentions
@@ -181,7 +180,7 @@ def test_recorded_scores_are_those_of_eager_attention():
         torch.testing.assert_close(pair.scores().softmax(-1), probabilities, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_changes_nothing_for_the_recording_forward():
+def test_the_recording_forward_handles_padding():
     model = random_bert()
     input_ids, _ = random_batch()
     mask = torch.ones_like(input_ids)
@@ -194,45 +193,45 @@ def test_padding_changes_nothing_for_the_recording_forward():
 def test_logits_at_the_labels_only():
     model = random_bert()
     input_ids, labels = random_batch()
-    few = forward(model, input_ids, labels != -100)
-    assert few.logits.shape == (int((labels != -100).sum()), 60)
-    torch.testing.assert_close(few.logits, model(input_ids).logits[labels != -100])
-    teacher = forward(random_bert(seed=5), input_ids)
-    all_of_them = loss_for(model)(forward(model, input_ids), teacher, labels)
-    torch.testing.assert_close(loss_for(model)(few, teacher, labels).total, all_of_them.total)
+    outputs = forward(model, input_ids, labels != -100)
+    assert outputs.logits.shape == (int((labels != -100).sum()), 60)
+    torch.testing.assert_close(outputs.logits, model(input_ids).logits[labels != -100])
+    teacher_outputs = forward(random_bert(seed=5), input_ids)
+    expected = loss_for(model)(forward(model, input_ids), teacher_outputs, labels)
+    torch.testing.assert_close(loss_for(model)(outputs, teacher_outputs, labels).total, expected.total)
 
 
-def test_prediction_at_all_positions_takes_them_all():
+def test_prediction_at_all_positions():
     model, teacher = random_bert(), random_bert(seed=5)
     input_ids, labels = random_batch()
     loss = loss_for(model, positions="all")
-    ours, theirs = forward(model, input_ids), forward(teacher, input_ids)
-    expected = prediction_loss(ours.logits.flatten(0, 1), theirs.logits.flatten(0, 1))
-    terms = loss(ours, theirs, labels)
+    student_outputs, teacher_outputs = forward(model, input_ids), forward(teacher, input_ids)
+    expected = prediction_loss(student_outputs.logits.flatten(0, 1), teacher_outputs.logits.flatten(0, 1))
+    terms = loss(student_outputs, teacher_outputs, labels)
     torch.testing.assert_close(terms.prediction, expected)
-    torch.testing.assert_close(terms.mlm, mlm_loss(ours.logits[labels != -100], labels[labels != -100]))
+    torch.testing.assert_close(terms.mlm, mlm_loss(student_outputs.logits[labels != -100], labels[labels != -100]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
-    """Every family's own way to its logits, four positions at a time, backward too; a piece may have no label."""
+    """Four positions at a time, in every family, with the backward pass; one piece has no label."""
     model, teacher = random_model(kind).double(), random_model(kind, seed=5).double()
     input_ids, labels = random_batch()
     labels[0] = -100
     found = []
-    for at_once in (losses.MAX_LOGITS, 4 * model.config.vocab_size):
-        monkeypatch.setattr(losses, "MAX_LOGITS", at_once)
+    for max_logits in (losses.MAX_LOGITS, 4 * model.config.vocab_size):
+        monkeypatch.setattr(losses, "MAX_LOGITS", max_logits)
         loss = loss_for(model, positions=positions, temperature=2.0).double()
         loss_positions = loss.loss_positions(labels)
         with torch.no_grad():
-            theirs = forward(teacher, input_ids, loss_positions, in_pieces=True)
-        ours = forward(model, input_ids, loss_positions, in_pieces=True)
-        assert isinstance(ours.logits, torch.Tensor) == (at_once == 2**25)
-        if isinstance(ours.logits, torch.Tensor):
-            close(ours.logits, model(input_ids).logits[loss_positions], 1e-12)
+            teacher_outputs = forward(teacher, input_ids, loss_positions, in_pieces=True)
+        student_outputs = forward(model, input_ids, loss_positions, in_pieces=True)
+        assert isinstance(student_outputs.logits, torch.Tensor) == (max_logits == 2**25)
+        if isinstance(student_outputs.logits, torch.Tensor):
+            close(student_outputs.logits, model(input_ids).logits[loss_positions], 1e-12)
         model.zero_grad()
-        terms = loss(ours, theirs, labels)
+        terms = loss(student_outputs, teacher_outputs, labels)
         terms.total.backward()
         found.append(terms.named() | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
@@ -240,25 +239,23 @@ def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
         close(found[1][name], whole, 1e-9)
 
 
-def test_logits_in_pieces_are_not_held(monkeypatch):
-    """Four positions of 2,048 words at a time, out of 32: teacher, student, gradients would be 256 KiB each."""
+def test_logits_in_pieces_are_not_stored(monkeypatch):
+    """Four positions of a vocabulary of 2,048 at a time; whole logits of teacher, student and gradients are larger."""
     model = random_bert(vocabulary=2048)
     input_ids, labels = random_batch()
     loss = loss_for(model, positions="all", hidden=0, attention=0, embedding=0)
 
-    def held(in_pieces):
+    def peak(in_pieces):
         def step():
-            ours, theirs = (
-                forward(model, input_ids, loss.loss_positions(labels), in_pieces=in_pieces) for _ in range(2)
-            )
-            loss(ours, theirs, labels).total.backward()
+            outputs = (forward(model, input_ids, loss.loss_positions(labels), in_pieces=in_pieces) for _ in range(2))
+            loss(*outputs, labels).total.backward()
 
-        step()  # gradients of the weights are there already
+        step()  # allocates the gradients of the weights
         return peak_memory(step)
 
-    whole = held(False)
+    whole = peak(False)
     monkeypatch.setattr(losses, "MAX_LOGITS", 4 * 2048)
-    saved = whole - held(True)
+    saved = whole - peak(True)
     assert saved > 3 * labels.numel() * 2048 * 4
 
 
@@ -284,7 +281,7 @@ def test_attention_probabilities_as_the_target():
 
 
 def test_empty_attentions_are_an_error_not_a_zero():
-    """SDPA hands back no attentions: the classic silent failure."""
+    """SDPA returns no attentions, and a zip over them would make the term 0.0 unnoticed."""
     model = random_bert()
     input_ids, labels = random_batch()
     plain = SimpleNamespace(**(dict(forward(model, input_ids)) | {"attentions": ()}))
@@ -305,14 +302,14 @@ def test_projections_and_head_pairing_follow_a_prune():
     loss = loss_for(teacher)
     input_ids, labels = random_batch()
     kept = hdlib.narrow(model, hdlib.Widths(heads=2, head_dim=6))
-    kept["layer.0.heads"] = torch.tensor([1, 3])  # as if these had been kept
+    kept["layer.0.heads"] = torch.tensor([1, 3])  # pretend that these were kept
     loss.narrow(kept)
     assert loss.embedding_projection.shape == (12, 24)
     assert torch.equal(loss.embedding_projection.data, torch.eye(24)[kept["hidden"]])
-    ours, theirs = forward(model, input_ids), forward(teacher, input_ids)
-    pairs = zip(ours.attentions, theirs.attentions, ([1, 3], [0, 1]), strict=True)
+    student_outputs, teacher_outputs = forward(model, input_ids), forward(teacher, input_ids)
+    pairs = zip(student_outputs.attentions, teacher_outputs.attentions, ([1, 3], [0, 1]), strict=True)
     expected = sum(((s.scores() - t.scores()[:, heads]) ** 2).mean() for s, t, heads in pairs)
-    torch.testing.assert_close(loss(ours, theirs, labels).attention, expected)
+    torch.testing.assert_close(loss(student_outputs, teacher_outputs, labels).attention, expected)
 
 
 def test_query_key_scores_are_scaled_products():
@@ -322,7 +319,7 @@ def test_query_key_scores_are_scaled_products():
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"mlm": -1.0}, "at least 0"),
         ({"mlm": 0, "prediction": 0, "hidden": 0, "attention": 0, "embedding": 0}, "not all 0"),
@@ -331,6 +328,6 @@ def test_query_key_scores_are_scaled_products():
         ({"positions": "some"}, "'masked' or 'all'"),
     ],
 )
-def test_impossible_losses_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_impossible_arguments_raise(options, message):
+    with pytest.raises(ValueError, match=message):
         hdlib.DistillationLoss(4, 1, 1, **options)

@@ -1,4 +1,4 @@
-"""Which precision a run takes when it is left to the machine, and that a run stays with it."""
+"""The choice of precision, and the two ways to avoid casts under autocast."""
 
 import time
 from contextlib import nullcontext
@@ -22,14 +22,14 @@ AUTO = ARGUMENTS | {"precision": "auto", "steps": 6}
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(2.0, "bfloat16"), (1.1, "float32"), (0.1, "float32")])
-def test_the_faster_one_is_taken_where_it_is_left_to_the_machine(gain, expected, monkeypatch):
+def test_auto_is_the_faster_precision(gain, expected, monkeypatch):
     monkeypatch.setattr(precision, "bfloat16_gain", lambda device: gain)
     assert precision.resolve_precision("auto", torch.device("cpu")) == expected
     assert precision.resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
     assert precision.resolve_precision("float32", torch.device("cpu")) == "float32"
 
 
-def test_the_gain_is_that_of_a_linear_layer(monkeypatch):
+def test_the_gain_is_measured_on_a_linear_layer(monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional,
         "linear",
@@ -41,13 +41,13 @@ def test_the_gain_is_that_of_a_linear_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_teacher_that_was_cast_once_says_the_same(kind):
-    """To the last bit what autocast makes of it, embeddings tied to the head in float32 as before."""
+def test_a_teacher_that_was_cast_once_has_the_same_outputs(kind):
+    """Bit-equal to autocast; embeddings tied to the head stay in float32."""
     model = random_model(kind).eval().requires_grad_(False)
     input_ids, _ = random_batch()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     cast = precision.cast_once(model, "bfloat16")
-    with torch.no_grad(), precision.autocast("bfloat16", model.device):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(cast(input_ids).logits, model(input_ids).logits)
     assert any(parameter.dtype == torch.bfloat16 for parameter in cast.parameters())
     assert cast.get_input_embeddings().weight is model.get_input_embeddings().weight
@@ -58,24 +58,24 @@ def test_a_teacher_that_was_cast_once_says_the_same(kind):
 
 @pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
-def test_recompute_casts_changes_no_number_and_restores_forward(kind, in_pieces, monkeypatch):
-    """To the last bit what autocast computes, forwards and back; the model's layers are the stock ones afterwards.
+def test_recomputed_casts_change_no_gradient_and_are_undone(kind, in_pieces, monkeypatch):
+    """Bit-equal to autocast; afterwards the model's layers are the stock ones.
 
-    In pieces the head runs many times, and again on the way back; autocast adds up its gradients in bfloat16.
+    In pieces the head runs many times and is recomputed in the backward pass. Autocast sums its gradients in bfloat16.
     """
     if in_pieces:
         monkeypatch.setattr(losses, "MAX_LOGITS", 1)
     input_ids, labels = random_batch()
-    models = {again: random_model(kind).eval() for again in (False, True)}
+    models = {recomputed: random_model(kind).eval() for recomputed in (False, True)}
     teacher = random_model(kind, seed=1).eval()
-    for again, model in models.items():
+    for recomputed, model in models.items():
         loss = loss_for(teacher)
         read = {"input_ids": input_ids, "positions": loss.loss_positions(labels), "in_pieces": True}
-        with precision.recompute_casts(model) if again else nullcontext():
-            with precision.autocast("bfloat16", model.device):
+        with precision.recompute_casts(model) if recomputed else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16):
                 with torch.no_grad():
-                    theirs = forward(teacher, **read)
-                terms = loss(forward(model, **read), theirs, labels)
+                    teacher_outputs = forward(teacher, **read)
+                terms = loss(forward(model, **read), teacher_outputs, labels)
             terms.total.backward()
     for (name, one), other in zip(models[True].named_parameters(), models[False].parameters(), strict=True):
         error = (one.grad - other.grad).norm() / other.grad.norm()
@@ -84,32 +84,32 @@ def test_recompute_casts_changes_no_number_and_restores_forward(kind, in_pieces,
     assert layers and all("forward" not in vars(layer) for layer in layers)
 
 
-def test_recompute_casts_leaves_float32_unchanged():
+def test_recomputed_casts_do_not_affect_float32():
     model, (input_ids, _) = random_model("bert").eval(), random_batch()
     expected = model(input_ids).logits
     with precision.recompute_casts(model):
         assert torch.equal(model(input_ids).logits, expected)
 
 
-def test_no_cast_weight_is_kept_for_the_backward_pass():
-    """Sixteen layers, of whose copies one exists at a time; autocast holds all of them after the forward."""
+def test_no_copy_of_a_weight_is_stored_for_the_backward_pass():
+    """One copy of sixteen exists at a time; autocast holds all of them after the forward pass."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
     states = torch.randn(4, 512)
 
     def forward():
-        with precision.autocast("bfloat16", states.device):
+        with torch.autocast("cpu", torch.bfloat16):
             return layers(states).sum()
 
-    kept = {}
-    for again in (False, True):
-        with precision.recompute_casts(layers) if again else nullcontext():
-            kept[again] = peak_memory(forward)
+    peak = {}
+    for recomputed in (False, True):
+        with precision.recompute_casts(layers) if recomputed else nullcontext():
+            peak[recomputed] = peak_memory(forward)
     copies = sum(layer.weight.numel() for layer in layers) * 2
-    assert kept[False] >= copies > 4 * kept[True]
+    assert peak[False] >= copies > 4 * peak[True]
 
 
-def test_a_run_says_what_it_took_and_stays_with_it(teacher, tokenizer, blocks, tmp_path, monkeypatch, capsys):
-    """Started where bfloat16 is fast and resumed where it is not: the run does not change under way."""
+def test_a_run_reports_its_precision_and_keeps_it(teacher, tokenizer, blocks, tmp_path, monkeypatch, capsys):
+    """Started where bfloat16 is fast and resumed where it is not, a run stays in bfloat16."""
 
     def interrupted(record):
         if record["step"] == 5:
@@ -129,8 +129,8 @@ def test_a_run_says_what_it_took_and_stays_with_it(teacher, tokenizer, blocks, t
             )
 
     started_with(3.0, tmp_path / "fast")
-    said = capsys.readouterr()
-    assert "fast: bfloat16 on cpu" in said.out + said.err and "3.0 times as fast" in said.out + said.err
+    printed = "".join(capsys.readouterr())
+    assert "fast: bfloat16 on cpu" in printed and "3.0 times as fast" in printed
     started_with(0.5, tmp_path / "slow")
     assert hdlib.Run.load(tmp_path / "fast").arguments["precision"] == "bfloat16"
     assert hdlib.Run.load(tmp_path / "slow").arguments["precision"] == "float32"

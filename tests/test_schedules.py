@@ -13,7 +13,7 @@ SCHEDULES = [hdlib.cubic, hdlib.linear, hdlib.one_shot]
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @given(start=st.integers(0, 500), span=st.integers(1, 500), final=st.floats(0.01, 1.0))
-def test_from_one_to_final_and_never_up(schedule, start, span, final):
+def test_schedules_fall_from_one_to_final(schedule, start, span, final):
     kept = [schedule(step, start, start + span, final) for step in range(0, start + span + 20)]
     before = start if schedule is hdlib.one_shot else start + 1
     assert kept[:before] == [1.0] * before
@@ -28,7 +28,7 @@ def test_cubic_is_the_papers_formula():
         assert hdlib.cubic(t, t_i, t_f, r_f) == pytest.approx(expected, rel=1e-12)
 
 
-def test_one_shot_is_there_at_the_start():
+def test_one_shot_is_final_from_the_start():
     assert [hdlib.one_shot(step, 7, 9, 0.3) for step in (6, 7, 8)] == [1.0, 0.3, 0.3]
 
 

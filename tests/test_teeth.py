@@ -1,4 +1,4 @@
-"""The invariants can fail: the library is broken on purpose, and each of them must see it."""
+"""The invariants can fail: each test breaks the library on purpose, and one invariant must turn red."""
 
 import copy
 from dataclasses import replace
@@ -23,23 +23,23 @@ def red(check, *arguments) -> None:
         check(*arguments)
 
 
-def test_identity_sees_a_student_with_dropout(monkeypatch):
+def test_identity_detects_a_student_with_dropout(monkeypatch):
     monkeypatch.setattr(invariants, "student_of", lambda teacher: hdlib.models.student_of(teacher).train())
     red(invariants.identity, random_bert(), random_batch())
 
 
-def test_identity_sees_projections_that_are_not_the_identity(monkeypatch):
+def test_identity_detects_projections_that_are_not_the_identity(monkeypatch):
     monkeypatch.setattr(torch, "eye", lambda *size: torch.ones(*size) / 7)
     red(invariants.identity, random_bert(), random_batch())
 
 
-def test_mask_equals_narrow_sees_a_stale_attention_scale(monkeypatch):
+def test_mask_equals_narrow_detects_a_stale_attention_scale(monkeypatch):
     monkeypatch.setattr(narrowing.math, "sqrt", lambda _: 1.0)
     red(invariants.mask_equals_narrow, random_bert(), NARROW, random_batch())
 
 
-def test_mask_equals_narrow_sees_unpaired_query_and_key(monkeypatch):
-    """The queries of one layer are the first ones instead of those kept."""
+def test_mask_equals_narrow_detects_unpaired_query_and_key(monkeypatch):
+    """One layer keeps the first queries instead of the important ones."""
     take = narrowing.take
 
     def careless(tensor, axes, kept):
@@ -51,7 +51,7 @@ def test_mask_equals_narrow_sees_unpaired_query_and_key(monkeypatch):
     red(invariants.mask_equals_narrow, random_bert(), NARROW, random_batch())
 
 
-def test_stock_sees_ties_that_were_cut(monkeypatch, tmp_path):
+def test_stock_detects_ties_that_were_broken(monkeypatch, tmp_path):
     narrow = hdlib.narrow
 
     def untied(model, *arguments, **options):
@@ -64,31 +64,31 @@ def test_stock_sees_ties_that_were_cut(monkeypatch, tmp_path):
     red(invariants.stock, random_bert(), NARROW, random_batch(), tmp_path)
 
 
-def test_stock_sees_a_config_that_was_not_updated(monkeypatch, tmp_path):
+def test_stock_detects_a_config_that_was_not_updated(monkeypatch, tmp_path):
     model, set_widths = random_bert(), narrowing.set_widths
     monkeypatch.setattr(narrowing, "set_widths", lambda m, c, w: None if c is model.config else set_widths(m, c, w))
     monkeypatch.setattr(invariants, "student_of", lambda _: model)
     red(invariants.stock, random_bert(), NARROW, random_batch(), tmp_path)
 
 
-def test_asked_is_got_sees_a_neuron_too_many(monkeypatch):
+def test_asked_is_got_detects_wrong_widths(monkeypatch):
     between = Widths.resolved
     monkeypatch.setattr(Widths, "resolved", lambda self, model: between(Widths(hidden=16, ffn=20, heads=4), model))
     red(invariants.asked_is_got, random_bert(), NARROW, random_batch())
 
 
-def test_asked_is_got_sees_shuffled_neurons(monkeypatch):
+def test_asked_is_got_detects_shuffled_neurons(monkeypatch):
     monkeypatch.setattr(narrowing, "_highest", lambda scores, count: scores.argsort(descending=True)[:count])
     red(invariants.asked_is_got, random_bert(), NARROW, random_batch())
 
 
-def test_live_optimizer_sees_parameters_that_were_lost(monkeypatch):
+def test_live_optimizer_detects_lost_parameters(monkeypatch):
     narrow = hdlib.narrow
     monkeypatch.setattr(hdlib, "narrow", lambda model, widths, scores, optimizer: narrow(model, widths, scores))
     red(invariants.live_optimizer, random_bert(), [NARROW], random_batch())
 
 
-def test_live_optimizer_sees_moments_of_other_neurons(monkeypatch):
+def test_live_optimizer_detects_moments_of_other_neurons(monkeypatch):
     replace = narrowing.replace_parameter
 
     def careless(old, new, sites, optimizer, take, factor=1.0):
@@ -106,22 +106,22 @@ def test_live_optimizer_sees_moments_of_other_neurons(monkeypatch):
         lambda self, parameter, gradient: 1.01 * (parameter * gradient).abs(),
     ],
 )
-def test_taylor_sees_another_score(monkeypatch, element):
+def test_taylor_detects_another_score(monkeypatch, element):
     monkeypatch.setattr(Sensitivity, "element", element)
     red(invariants.taylor, random_bert(), random_batch())
 
 
-def test_taylor_sees_an_element_counted_twice(monkeypatch):
+def test_taylor_detects_an_element_counted_twice(monkeypatch):
     owned = hdlib.scorers._owned
 
     def twice(element, axes):
-        return list(owned(element, axes))[: len(axes)]  # without what is taken off where two axes cross
+        return list(owned(element, axes))[: len(axes)]  # without the subtraction where two axes cross
 
     monkeypatch.setattr(hdlib.scorers, "_owned", twice)
     red(invariants.taylor, random_bert(), random_batch())
 
 
-def test_resume_sees_a_moment_that_was_lost(monkeypatch, tmp_path):
+def test_resume_detects_a_lost_moment(monkeypatch, tmp_path):
     save = torch.save
 
     def forgetful(state, path):
@@ -133,17 +133,17 @@ def test_resume_sees_a_moment_that_was_lost(monkeypatch, tmp_path):
     red(invariants.resume, random_bert(), NARROW, random_batch(), tmp_path)
 
 
-def test_processes_see_a_gradient_that_was_not_shared(monkeypatch):
-    once = invariants.backward
+def test_processes_detects_a_gradient_that_was_not_averaged(monkeypatch):
+    backward = invariants.backward
 
     def half(model, teacher, batch, loss=None):
-        return once(model, teacher, [part[:2] for part in batch], loss)  # every process its first rows only
+        return backward(model, teacher, [part[:2] for part in batch], loss)  # every process reads the first rows
 
     monkeypatch.setattr(invariants, "backward", half)
     red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
 
 
-# Every mark in the tables matters: a family with a wrong one fails its invariants.
+# A family with one wrong entry in its table fails its invariants.
 @pytest.mark.parametrize(
     "name, width, pattern, row",
     [
@@ -152,7 +152,7 @@ def test_processes_see_a_gradient_that_was_not_shared(monkeypatch):
             "head_dim",
             "*.attn.c_attn.weight",
             (HIDDEN, (KEY, KEY, VALUE)),
-        ),  # nothing takes up the attention scale
+        ),  # no parameter absorbs the attention scale
         ("gpt2", "head_dim", "*.attn.c_attn.weight", (HIDDEN, (QUERY, VALUE, KEY))),
         ("bert", "head_dim", "*.self.query.weight", (VALUE, HIDDEN)),
         ("bert", "head_dim", "*.self.query.bias", (KEY,)),
@@ -165,7 +165,7 @@ def test_processes_see_a_gradient_that_was_not_shared(monkeypatch):
         ("mpnet", "heads", "*relative_attention_bias.weight", (FIXED, FIXED)),
     ],
 )
-def test_mask_equals_narrow_sees_a_wrong_row(monkeypatch, name, width, pattern, row):
+def test_mask_equals_narrow_detects_a_wrong_row(monkeypatch, name, width, pattern, row):
     declared = FAMILIES[KINDS[name].config.model_type]
     assert pattern in declared.axes
     broken = replace(declared, axes=declared.axes | {pattern: row})
