@@ -79,9 +79,7 @@ def test_the_maps_are_those_of_the_last_prune(runs):
         drawn = explorer.drawn.maps.images["hidden"].get_array()[0]  # (N, 4), one dot a neuron
         assert np.array_equal(np.all(drawn == 1, axis=1), ~stays), "removed neurons are white, and only those"
     explorer.slider.value = 0
-    assert not np.all(explorer.drawn.maps.images["hidden"].get_array() == 1, axis=-1).any(), (
-        "none removed at step 0"
-    )
+    assert not np.all(explorer.drawn.maps.images["hidden"].get_array() == 1, axis=-1).any(), "none removed at step 0"
 
 
 def test_darker_is_more_important(runs):

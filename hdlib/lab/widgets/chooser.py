@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ import yaml
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from ...config import CHOICES, DistillConfig
+from ...config import CHOICES, DistillConfig, option
 from ...corpus import SHORTEST, check_there
 from ...models import check_length, language_model_class, shape_of
 from ...narrowing import empty_stock_model
@@ -39,11 +39,11 @@ GROUPS = {  # heading: controls, by the names in PLACES and in DistillConfig
     "Narrowing": ("schedule", "prune_start", "prune_end", "prune_every", "scorer", "masked"),
     "Training": ("steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "seed", "eval_every"),
 }
-PLACES = {  # default and description
-    "teacher": ("embedded", "embedded, a local folder, or a model name on the hub"),
-    "corpus": ("embedded", "embedded, a file or folder of txt, jsonl or parquet, or a data set name on the hub"),
-    "length": (128, "S, tokens per block"),
-    "run_dir": ("chosen", "the folder of the run; its configuration is written beside it"),
+PLACES = {
+    "teacher": option("embedded", "embedded, a local folder, or a model name on the hub"),
+    "corpus": option("embedded", "embedded, a file or folder of txt, jsonl or parquet, or a data set name on the hub"),
+    "length": option(128, "S, tokens per block", least=SHORTEST),
+    "run_dir": option("chosen", "the folder of the run; its configuration is written beside it"),
 }
 ARROWS = {"target": 0.01, "learning_rate": 1e-4, "length": 8, "batch_size": 8, "micro_batch_size": 8, "steps": 100}
 BUTTONS = {  # label and description
@@ -74,12 +74,12 @@ class Chooser(Shown):
 
     def __init__(self, folder: str | Path = "runs"):
         super().__init__()
-        settings = {field.name: (field.default, field.metadata["help"]) for field in fields(DistillConfig)} | PLACES
-        self.controls = {name: _control(name, *settings[name]) for names in GROUPS.values() for name in names}
-        self.controls["run_dir"].value, self.controls["length"].min = str(Path(folder) / "chosen"), SHORTEST
+        options = {field.name: field for field in fields(DistillConfig)} | PLACES
+        self.controls = {name: _control(name, options[name]) for names in GROUPS.values() for name in names}
+        self.controls["run_dir"].value = str(Path(folder) / "chosen")
         tooltip = "{}: width of the student; 0: as the teacher, or what follows from the other widths"
-        self.widths = {name: _control(name, 0, tooltip.format(label)) for name, label in WIDTHS.items()}
-        self.by = _control("target is", FRACTION, "A fraction of the teacher's widths, or each width on its own")
+        self.widths = {name: _control(name, option(0, tooltip.format(label))) for name, label in WIDTHS.items()}
+        self.by = _control("target is", option(FRACTION, "fraction of the teacher's widths, or each width on its own"))
         self.buttons, self.process = {}, None
         self.table, self.measured, self.exported, self.status = (widgets.HTML() for _ in range(4))
         self.watched, self._hidden = widgets.VBox(), widgets.Output()
@@ -219,9 +219,10 @@ class Chooser(Shown):
         self._enable()
 
 
-def _control(name: str, default, meaning: str) -> widgets.Widget:
-    """The control for a setting. Its bounds are wide: DistillConfig raises for a value that is impossible."""
-    look = {"value": default, "description": name.replace("_", " "), "tooltip": meaning}
+def _control(name: str, field: Field) -> widgets.Widget:
+    """The control for a setting. DistillConfig checks the value more closely than these bounds."""
+    default, least = field.default, field.metadata["least"] or 0
+    look = {"value": default, "description": name.replace("_", " "), "tooltip": field.metadata["help"]}
     look |= {"style": {"description_width": "8em"}, "layout": {"width": "19em"}}
     if isinstance(default, bool):
         return widgets.Checkbox(indent=True, **look)
@@ -230,7 +231,7 @@ def _control(name: str, default, meaning: str) -> widgets.Widget:
     if isinstance(default, str):
         return widgets.Text(continuous_update=False, **look)
     if isinstance(default, int):
-        return widgets.BoundedIntText(min=0, max=2**31 - 1, step=ARROWS.get(name, 1), **look)
+        return widgets.BoundedIntText(min=least, max=2**31 - 1, step=ARROWS.get(name, 1), **look)
     return widgets.BoundedFloatText(min=0, max=1, step=ARROWS.get(name, 0.05), **look)
 
 
@@ -242,8 +243,8 @@ def _group(heading: str, controls: list[widgets.Widget]) -> widgets.VBox:
 def _place(name: str, text: str) -> str:
     """What a control names; a path on this machine as absolute path, for use from another folder."""
     path = Path(text.strip()).expanduser()
-    if not path.name:
-        raise ValueError(f"{name} {text!r} is not a name: enter {PLACES[name][1]}")
+    if not text.strip() or not path.resolve().name:
+        raise ValueError(f"{name} {text!r} is not a name: enter {PLACES[name].metadata['help']}")
     return str(path.resolve()) if name == "run_dir" or (text != "embedded" and path.exists()) else text.strip()
 
 

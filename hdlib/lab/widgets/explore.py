@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...models import load_teacher
 from ...runs import Run
 from ..guesses import GAP, guesses
-from ..plots import LABELS, MEASURES, RECORDED_EACH_STEP
+from ..plots import LABELS, MEASURES
 from ..run_figure import RunFigure
 from .parts import Shown, alert, drawn, table
 
-RECORDED = MEASURES | RECORDED_EACH_STEP  # columns of Run.metrics with their labels
+RECORDED = MEASURES | {"parameters": "parameters"}  # columns of Run.metrics with their labels
 COLUMNS = {name: label.replace("\n", ", ") for name, label in (RECORDED | LABELS).items()}
 
 
