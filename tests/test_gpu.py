@@ -67,7 +67,7 @@ def test_a_dry_session_without_datasets(pack, tmp_path):
         "--out",
         str(out),
         "--minutes",
-        "9",
+        "30",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     read = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
