@@ -50,7 +50,7 @@ def run(part: Part) -> None:
         for name, widths in _homotopy(setting).items():
             part.item(f"loop, {of_batch}, {name}", partial(_loop, setting, widths, steps, card))
         part.item(f"profile, {of_batch}", partial(_profile, setting))
-        for path in PAPER:
+        for path in PAPER[: 1 if dry else None]:
             part.item(f"paper, {path.stem}, micro-batches of {setting.batch_size}", partial(_paper, path, setting))
 
 
