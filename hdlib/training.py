@@ -122,11 +122,11 @@ class Training:
         pruned = Pruned(self.importance.scores(), self.kept, measured)
         if self.masks is not None:
             self.masks.choose(widths, pruned.scores)
-            return pruned
-        kept = narrow(self.student, widths, pruned.scores, self.optimizer)
-        self.importance.narrow(kept)
-        self.loss.narrow(kept, self.optimizer)
-        self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
+        else:
+            kept = narrow(self.student, widths, pruned.scores, self.optimizer)
+            self.importance.narrow(kept)
+            self.loss.narrow(kept, self.optimizer)
+            self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
         return pruned
 
     @property

@@ -141,7 +141,7 @@ def asked_is_got(teacher: PreTrainedModel, widths: Widths, batch) -> None:
     last = student.config.word_embed_proj_dim if student.config.model_type == "opt" else widths.hidden
     assert output.hidden_states[-1].shape[-1] == last
     for layer, recorded in enumerate(output.attentions):
-        assert recorded.num_heads == widths.heads == len(kept[f"layer.{layer}.heads"])
+        assert recorded.scores().shape[1] == widths.heads == len(kept[f"layer.{layer}.heads"])
         if hasattr(recorded, "query"):
             assert recorded.query.shape[1::2] == (widths.heads, widths.head_dim)
     assert all((indices.diff() > 0).all() for indices in kept.values())
