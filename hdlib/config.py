@@ -37,8 +37,8 @@ class DistillConfig:
 
     # Pruning
     schedule: str = option("cubic", "course of the kept fraction: cubic, linear or one_shot")
-    prune_start: float = option(0.05, "t_i, first prune, as a fraction of the steps")
-    prune_end: float = option(0.70, "t_f, last prune, as a fraction of the steps")
+    prune_start: float = option(0.05, "t_i as a fraction of the steps")
+    prune_end: float = option(0.70, "t_f as a fraction of the steps")
     prune_every: int = option(10, "steps between two prunes", least=1)
     scorer: str = option("sensitivity", "importance: sensitivity, platon, magnitude, movement or random")
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
