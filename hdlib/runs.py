@@ -70,7 +70,7 @@ class Run:
     def load(cls, folder: str | Path) -> Run:
         """Open a run folder, finished or not. Raises FileNotFoundError if it has no run.json."""
         if not cls(folder).begun:
-            raise FileNotFoundError(f"{folder} is no run folder: it has no run.json")
+            raise FileNotFoundError(f"{folder} is no run folder: it holds no run.json")
         return cls(folder)
 
     @classmethod
