@@ -65,7 +65,6 @@ MEASURES = {
     "latency": "milliseconds, one forward",
 }
 PLACES = {"step": "step", "seconds of training": "seconds", "parameters": "parameters"}  # x axes of `plot_arms`
-WIDTHS = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "head_dim": "dimensions a head"}
 LABELS = {
     "mlm": "language model",
     "prediction": "prediction (KL)",
@@ -99,10 +98,10 @@ def plot_schedule(config: DistillConfig, teacher: PreTrainedModel, axes: Axes | 
     steps = sorted({round(part * config.steps / 400) for part in range(401)})
     copied = config.initial == "teacher"
     widths = [asdict(config.widths_at(step, teacher, target) if copied else target) for step in steps]
-    for name, label in WIDTHS.items():
+    for name in wide:
         kept = [each[name] / wide[name] for each in widths]
         if kept[-1] < 1:
-            axes.step(steps, kept, where="post", marker="", label=label)
+            axes.step(steps, kept, where="post", marker="", label=_name(name))
     axes.set(xlim=(0, config.steps), ylim=(0, 1.03))
     _finish(axes)
     return axes.figure
@@ -133,10 +132,8 @@ def plot_arms(
 ) -> Figure:
     """One measure over the training of every arm: the mean of its seeds, and their range as a band.
 
-    Args:
-        runs: from `hdlib.lab.Study.distill`.
-        measure: a column of `Run.metrics`; loss and seconds are running medians.
-        x: "step", "seconds" of training or "parameters", the mean of the seeds at each step.
+    `runs` are from `hdlib.lab.Study.distill`. `measure` is a column of `Run.metrics`; loss and seconds are running
+    medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at each step.
     """
     column = "elapsed" if x == "seconds" else x
     axes = _panel(axes, column, measure)
@@ -282,9 +279,7 @@ def plot_prunes(run: Run, axes: Axes | None = None) -> Figure:
     before, after = metrics["before_prune_kl"].dropna(), metrics["held_out_kl"]
     path = pd.concat([before, after]).sort_index(kind="stable")  # before a prune, then after it
     axes.plot(path, color=COLOURS["blue"], linestyle="--", marker="", linewidth=1, label="training")
-    axes.vlines(
-        before.index, before, after[before.index], color=COLOURS["orange"], linewidth=1.5, label="prune", zorder=3
-    )
+    axes.vlines(before.index, before, after[before.index], COLOURS["orange"], linewidth=1.5, label="prune", zorder=3)
     axes.set_ylim(bottom=0)
     _finish(axes)
     return axes.figure
@@ -339,14 +334,13 @@ def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | N
 
     `table` has the columns `arm`, `x` (a cost) and `measure`, a column of `hdlib.lab.final_table`.
     """
-    axes = _panel(axes, x, f"held_out_{measure}", (5, 3.6))
+    axes = _panel(axes, x, MEASURES.get(f"held_out_{measure}", measure), (5, 3.6))
     for (arm, rows), look in zip(table.groupby("arm", sort=False), CYCLE, strict=False):
         axes.plot(rows.groupby(x)[measure].mean(), label=_name(arm), **look | {"marker": ""})
         axes.plot(rows[x], rows[measure], alpha=0.6, markeredgewidth=0, **look | {"linestyle": ""})
     axes.set_xscale("log")
     costs = sorted(table[x].unique())
-    large = EngFormatter(sep=" ")
-    axes.set_xticks(costs, [large(float(f"{cost:.2g}")) if cost >= 1e4 else f"{cost:.3g}" for cost in costs])
+    axes.set_xticks(costs, [EngFormatter()(float(f"{c:.2g}")) if c >= 1e4 else f"{c:.3g}" for c in costs])
     axes.set_xticks([], minor=True)
     return axes.figure
 
