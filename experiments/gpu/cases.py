@@ -26,7 +26,7 @@ from transformers import (
 
 import hdlib
 from hdlib.data import Blocks, Masking, NextToken, labelled_once
-from hdlib.lab.projection import wordless_tokenizer
+from hdlib.lab.cost import placeholder_tokenizer
 from hdlib.losses import TERMS
 from hdlib.models import student_of
 from hdlib.scorers import SCORERS
@@ -116,7 +116,7 @@ def _model(name: str) -> PreTrainedModel:
 
 def _text(teacher: PreTrainedModel) -> tuple:
     """A tokenizer that never reads, and random tokens for training and held out."""
-    tokenizer = wordless_tokenizer(VOCABULARY)
+    tokenizer = placeholder_tokenizer(VOCABULARY)
     tokens = torch.randint(5, VOCABULARY, (BLOCKS, LENGTH), generator=torch.Generator().manual_seed(1))
     task = NextToken() if family(teacher).causal else Masking.of(tokenizer)
     return tokenizer, Blocks(tokens), labelled_once(tokens[:16], task, seed=0)

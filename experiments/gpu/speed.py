@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 import hdlib
 from hdlib.data import Blocks, Masking, labelled_once
-from hdlib.lab.projection import operations, project, wordless_tokenizer
+from hdlib.lab.cost import operations, placeholder_tokenizer, project
 from hdlib.models import language_model_class
 
 from ..bench import memory, prune, step
@@ -109,7 +109,7 @@ def _loop(setting: Setting, widths: hdlib.Widths, steps: int, card: dict) -> dic
         eval_blocks=1,
         checkpoint_every=steps,
     )
-    tokenizer = wordless_tokenizer(teacher.config.vocab_size)
+    tokenizer = placeholder_tokenizer(teacher.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, teacher.config.vocab_size, (4 * setting.batch_size, setting.length), generator=generator)
     text = Blocks(tokens), labelled_once(tokens[:1], Masking.of(tokenizer), seed=0)

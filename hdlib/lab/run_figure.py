@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from ..families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
 from ..runs import Prune, Run
 from ..widths import QUERY_KEY
-from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses
+from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses, small
 
 KINDS = {
     HIDDEN: "residual stream",
@@ -37,7 +37,6 @@ INK = colormaps["cividis_r"].with_extremes(bad="white")  # dark is important; re
 LEAST = 1e-3  # lowest importance with a colour of its own, as a fraction of the largest
 UNKNOWN = 1e-2  # colour of neurons that are not ranked yet
 DOTS = 500  # most columns of a map
-small = plt.rc_context({f"{part}size": "small" for part in ("axes.label", "axes.title", "xtick.label", "ytick.label")})
 
 
 class RunFigure:
