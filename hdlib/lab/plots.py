@@ -66,12 +66,7 @@ MEASURES = {
     "latency": "milliseconds, one forward",
 }
 PLACES = {"step": "step", "seconds of training": "seconds", "parameters": "parameters"}  # x axes of `plot_arms`
-WIDTHS = {
-    "hidden": "hidden width",
-    "ffn": "feed-forward width",
-    "heads": "heads a layer",
-    "head_dim": "dimensions a head",
-}
+WIDTHS = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "head_dim": "dimensions a head"}
 LABELS = {
     "mlm": "language model",
     "prediction": "prediction (KL)",
@@ -223,9 +218,8 @@ def plot_scores(table: pd.DataFrame) -> Figure:
         axes.set(title=task, xlabel="score, per cent")
         for baseline, style in (("majority", ":"), ("bag_of_words", "--")):
             for score in table.loc[(table["task"] == task) & (table["model"] == baseline), "score"]:
-                axes.axvline(
-                    score, color=COLOURS["grey"], linestyle=style, linewidth=1, zorder=0, label=_name(baseline)
-                )
+                look = {"color": COLOURS["grey"], "linestyle": style, "linewidth": 1, "zorder": 0}
+                axes.axvline(score, label=_name(baseline), **look)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="medium")
     return figure
 
