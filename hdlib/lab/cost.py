@@ -27,7 +27,7 @@ from ..distill import distill
 from ..losses import DistillationLoss
 from ..widths import Widths, family, set_widths
 
-STEPS = 24  # of the short run; every second one prunes
+STEPS = 24  # of the short run
 WARM_UP = 2  # first steps and forwards, not timed: caches fill and threads start
 COUNTED = 12  # shapes whose operations are counted; the others follow from them
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -47,11 +47,8 @@ def encoder_parameters(config: PreTrainedConfig) -> int:
 def flops(config: PreTrainedConfig, length: int = 128) -> int:
     """Floating-point operations of one forward of one sequence through the layers, without the head.
 
-    Counted by PyTorch over the matrix products, two for each multiply-add.
-
-    Args:
-        config: of the model; its weights are not needed.
-        length: S, tokens; cut to the number of positions of the model.
+    PyTorch counts the matrix products, two operations for each multiply-add. The weights are not needed; `length` (S,
+    tokens) is cut to the positions of the model.
     """
     try:
         return _counted_flops(config, length, "meta")
@@ -175,11 +172,7 @@ def project(teacher: PreTrainedModel, config: DistillConfig, length: int, proces
         teacher: of the right shape; its weights do not matter and are not changed.
         config: of the run.
         length: S, tokens a block.
-        processes: devices like this one; each computes an equal share of the batch.
-
-    Raises:
-        ValueError: the run is impossible, or the batch cannot be divided evenly.
-        MemoryError: a step needs more memory than this machine has.
+        processes: devices like this one, with equal shares of the batch. Raises ValueError if that is impossible.
     """
     if config.batch_size % processes:
         raise ValueError(f"batch_size {config.batch_size} is not divisible by {processes} processes: change one")

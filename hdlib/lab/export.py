@@ -15,11 +15,9 @@ from ..widths import family
 
 
 def to_program(model: PreTrainedModel, path: str | Path) -> float:
-    """Write a model as a `torch.export` program for any batch size and length.
+    """Write a model with its language-model head as a `torch.export` program (.pt2) for any batch size and length.
 
-    Args:
-        model: with its language-model head.
-        path: of the file (.pt2). Input: input_ids and attention_mask, (B, S); output: logits, (B, S, V).
+    Input: input_ids and attention_mask, (B, S); output: logits, (B, S, V).
 
     Returns:
         The largest difference between the logits of the file and of the model, as a fraction of the largest logit; 0 if

@@ -16,23 +16,14 @@ GAP = "___"
 def guesses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str, count: int = 5
 ) -> list[pd.DataFrame]:
-    """The most probable tokens at each gap of a sentence; for a causal model, after its end.
+    """The `count` most probable tokens at each gap of a sentence; for a causal model, after its end.
 
-    Args:
-        model: with its language-model head.
-        tokenizer: of the model.
-        sentence: marks each gap with `___` or with the tokenizer's mask token.
-        count: tokens a gap.
-
-    Returns:
-        For each gap a table with the columns `guess` and `probability`, the most probable token first.
-
-    Raises:
-        ValueError: no gap, or more tokens than the model has positions.
+    `___` or the tokenizer's mask token is a gap. Returns a table for each gap with the columns `guess` and
+    `probability`, best first. Raises ValueError for no gap, or for more tokens than the model has positions.
     """
     causal = family(model).causal
     if not sentence.strip():
-        raise ValueError("the sentence is empty: write one")
+        raise ValueError("the sentence is empty: write a sentence")
     text = sentence if causal else sentence.replace(GAP, tokenizer.mask_token)
     input_ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)  # (1, S)
     length, positions = input_ids.shape[1], num_positions(model)

@@ -49,6 +49,7 @@ styled = plt.rc_context(
         "lines.markersize": 4,
     }
 )
+small = plt.rc_context({f"{part}size": "small" for part in ("axes.label", "axes.title", "xtick.label", "ytick.label")})
 MEASURES = {
     "held_out_kl": "KL(teacher ‖ student)\nnats per predicted token, held out",
     "held_out_agreement": "top-1 agreement with the teacher\nfraction of predicted tokens, held out",
@@ -133,10 +134,8 @@ def plot_arms(
 ) -> Figure:
     """One measure over the training of every arm: the mean of its seeds, and their range as a band.
 
-    Args:
-        runs: from `hdlib.lab.Study.distill`.
-        measure: a column of `Run.metrics`; loss and seconds are running medians.
-        x: "step", "seconds" of training or "parameters", the mean of the seeds at each step.
+    `runs` are from `hdlib.lab.Study.distill`. `measure` is a column of `Run.metrics`; loss and seconds are running
+    medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at each step.
     """
     column = "elapsed" if x == "seconds" else x
     axes = _panel(axes, column, measure)
@@ -173,58 +172,56 @@ def _curve(run: Run, measure: str) -> pd.Series:
 
 @styled
 def plot_ends(
-    table: pd.DataFrame, measure: str = "kl", baseline: str | None = None, axes: Axes | None = None
+    table: pd.DataFrame,
+    measure: str = "kl",
+    baseline: str | None = None,
+    axes: Axes | None = None,
+    centre: str = "mean",
 ) -> Figure:
-    """The final value of every arm: a row an arm, a point a seed, a bar and a number for the mean.
+    """The final value of every arm: a row an arm, a point a seed, a bar and a number for the mean or median.
 
-    `measure` is a column of `table` (from `hdlib.lab.final_table`). A line marks the mean of `baseline`.
+    `measure` is a column of `table` (from `hdlib.lab.final_table`). A line marks the centre of `baseline`.
     """
-    arms = {arm: rows[measure] for arm, rows in table.groupby("arm", sort=False)}
+    arms = {arm: rows[measure] for arm, rows in table.groupby("arm", sort=False, observed=False)}
     label = MEASURES.get(f"held_out_{measure}", measure).replace("\n", ", ")
     axes = _panel(axes, label, "", (7, 0.8 + 0.36 * len(arms)), grid="x")
-    for row, mean in enumerate(_rows(axes, arms, pd.Series.mean, baseline)):
+    for row, (arm, values) in enumerate(arms.items()):
+        colour, middle = COLOURS["orange" if arm == baseline else "blue"], values.agg(centre)
+        axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
+        axes.plot(middle, row, "|", color=colour, markersize=16, markeredgewidth=2)
         place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": "small"}
-        axes.annotate(f"{mean:#.3g}".rstrip("."), (1.01, row), **place)
-    if baseline in arms:
-        axes.axvline(arms[baseline].mean(), color=COLOURS["grey"], linewidth=1, linestyle=":", zorder=0)
+        axes.annotate(f"{middle:#.3g}".rstrip("."), (1.01, row), **place)
+        if arm == baseline:
+            axes.axvline(middle, color=COLOURS["grey"], linewidth=1, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(arms)), map(_name, arms))
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(left=False)
     return axes.figure
 
 
 @styled
 def plot_scores(table: pd.DataFrame) -> Figure:
-    """The scores of fine-tuned models: a panel a task, a row a model, a point a seed, a bar at the median.
+    """The scores of fine-tuned models: a panel a task, a row a model, a point a seed, a bar and a number at the median.
 
     Vertical lines are baselines without a language model: dotted the most frequent class, dashed a bag of words.
     `table` is from `hdlib.downstream.score`.
     """
-    tasks = {task: rows.assign(score=100 * rows["score"]) for task, rows in table.groupby("task", sort=False)}
-    models = table.loc[table["seed"].notna(), "model"].unique()
-    size = (max(4.5, 1.4 + 2.6 * len(tasks)), 1.4 + 0.36 * len(models))
+    table = table.assign(score=100 * table["score"])
+    models = table[table["seed"].notna()]
+    models = models.assign(arm=pd.Categorical(models["model"], models["model"].unique()))
+    tasks = table["task"].unique()
+    size = (max(4.5, 1.4 + 2.6 * len(tasks)), 1.4 + 0.36 * models["model"].nunique())
     figure, panels = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
-    for axes, (task, rows) in zip(panels[0], tasks.items(), strict=True):
-        _panel(axes, "score, per cent", "", grid="x").set_title(task)
-        scores = dict(iter(rows.groupby("model")["score"]))
-        _rows(axes, {model: scores.get(model, pd.Series(dtype=float)) for model in models}, pd.Series.median)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        plot_ends(models[models["task"] == task], "score", axes=axes, centre="median")
+        axes.set(title=task, xlabel="score, per cent")
         for baseline, style in (("majority", ":"), ("bag_of_words", "--")):
-            for score in scores.get(baseline, ()):
-                line = axes.axvline(score, color=COLOURS["grey"], linestyle=style, linewidth=1, zorder=0)
-                line.set_label(_name(baseline))
+            for score in table.loc[(table["task"] == task) & (table["model"] == baseline), "score"]:
+                look = {"color": COLOURS["grey"], "linestyle": style, "linewidth": 1, "zorder": 0}
+                axes.axvline(score, label=_name(baseline), **look)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="medium")
     return figure
-
-
-def _rows(axes: Axes, values: Mapping[str, pd.Series], centre, baseline: str | None = None) -> list[float]:
-    """Draw a row for each name, a point for each value and a bar at the centre. Returns the centres."""
-    centres = [centre(each) for each in values.values()]
-    for row, (name, each) in enumerate(values.items()):
-        colour = COLOURS["orange" if name == baseline else "blue"]
-        axes.plot(each, [row] * len(each), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
-        axes.plot(centres[row], row, "|", color=colour, markersize=16, markeredgewidth=2)
-    axes.set_yticks(range(len(values)), [_name(name) for name in values])
-    axes.set_ylim(len(values) - 0.5, -0.5)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(left=False)
-    return centres
 
 
 @styled
@@ -282,9 +279,7 @@ def plot_prunes(run: Run, axes: Axes | None = None) -> Figure:
     before, after = metrics["before_prune_kl"].dropna(), metrics["held_out_kl"]
     path = pd.concat([before, after]).sort_index(kind="stable")  # before a prune, then after it
     axes.plot(path, color=COLOURS["blue"], linestyle="--", marker="", linewidth=1, label="training")
-    axes.vlines(
-        before.index, before, after[before.index], color=COLOURS["orange"], linewidth=1.5, label="prune", zorder=3
-    )
+    axes.vlines(before.index, before, after[before.index], COLOURS["orange"], linewidth=1.5, label="prune", zorder=3)
     axes.set_ylim(bottom=0)
     _finish(axes)
     return axes.figure
@@ -297,8 +292,7 @@ def plot_overlap(shares: pd.DataFrame, axes: Axes | None = None) -> Figure:
     axes = axes or plt.subplots(figsize=(size + 1.5, size))[1]
     named = shares.rename(index=_name, columns=_name)
     _heatmap(axes, named, shares.map("{:.2f}".format), "fraction of neurons kept by both", "cividis", 0, 1)
-    axes.tick_params(axis="x", labelrotation=35)
-    plt.setp(axes.get_xticklabels(), ha="right")
+    plt.setp(axes.get_xticklabels(), rotation=35, ha="right")
     return axes.figure
 
 
@@ -339,19 +333,19 @@ def plot_ladder(table: pd.DataFrame, x: str, measure: str = "kl", axes: Axes | N
 
     `table` has the columns `arm`, `x` (a cost) and `measure`, a column of `hdlib.lab.final_table`.
     """
-    axes = _panel(axes, x, f"held_out_{measure}", (5, 3.6))
+    axes = _panel(axes, x, MEASURES.get(f"held_out_{measure}", measure), (5, 3.6))
     for (arm, rows), look in zip(table.groupby("arm", sort=False), CYCLE, strict=False):
         axes.plot(rows.groupby(x)[measure].mean(), label=_name(arm), **look | {"marker": ""})
         axes.plot(rows[x], rows[measure], alpha=0.6, markeredgewidth=0, **look | {"linestyle": ""})
     axes.set_xscale("log")
     costs = sorted(table[x].unique())
-    large = EngFormatter(sep=" ")
-    axes.set_xticks(costs, [large(float(f"{cost:.2g}")) if cost >= 1e4 else f"{cost:.3g}" for cost in costs])
+    axes.set_xticks(costs, [EngFormatter()(float(f"{c:.2g}")) if c >= 1e4 else f"{c:.3g}" for c in costs])
     axes.set_xticks([], minor=True)
     return axes.figure
 
 
 @styled
+@small
 def plot_coupling(model: PreTrainedModel, kept: Mapping[str, Tensor], layer: int = 0) -> Figure:
     """The matrices of one layer and of the embedding, with the rows and columns that a prune removes.
 
@@ -374,15 +368,13 @@ def plot_coupling(model: PreTrainedModel, kept: Mapping[str, Tensor], layer: int
         shape = model.get_parameter(name).shape
         down, across = (_tints(axis, size, kept, colours) for axis, size in zip(axes, shape, strict=True))
         place.imshow(down[:, None] * across)  # (rows, columns, 3); colours multiply where groups cross
+        short = re.sub(r".*[.]\d+[.]|[.]weight$|^.*?embeddings[.]|attention[.]self[.]", "", name)
+        down, across = (", ".join(dict.fromkeys(map(_kind, axis or ()))) or "fixed" for axis in axes)
+        place.set(title=f"{short}\n{shape[0]} × {shape[1]}", xlabel=across, ylabel=down)
         place.set_xticks(np.arange(-0.5, shape[1]), [])
         place.set_yticks(np.arange(-0.5, shape[0]), [])
         place.grid(color="#BBBBBB", linewidth=0.6, alpha=1)
         place.tick_params(length=0)
-        short = re.sub(r".*[.]\d+[.]|[.]weight$|^.*?embeddings[.]|attention[.]self[.]", "", name)
-        place.set_title(f"{short}\n{shape[0]} × {shape[1]}", fontsize="small")
-        down, across = (", ".join(dict.fromkeys(map(_kind, axis or ()))) or "fixed" for axis in axes)
-        place.set_ylabel(down, fontsize="small")
-        place.set_xlabel(across, fontsize="small")
     legend = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), title="removed with a neuron of")
     return figure

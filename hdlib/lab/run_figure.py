@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from ..families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
 from ..runs import Prune, Run
 from ..widths import QUERY_KEY
-from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses
+from .plots import COLOURS, plot_discrepancy, plot_layers, plot_losses, small
 
 KINDS = {
     HIDDEN: "residual stream",
@@ -37,18 +37,10 @@ INK = colormaps["cividis_r"].with_extremes(bad="white")  # dark is important; re
 LEAST = 1e-3  # lowest importance with a colour of its own, as a fraction of the largest
 UNKNOWN = 1e-2  # colour of neurons that are not ranked yet
 DOTS = 500  # most columns of a map
-small = plt.rc_context({f"{part}size": "small" for part in ("axes.label", "axes.title", "xtick.label", "ytick.label")})
 
 
 class RunFigure:
-    """The figure of a run. `at` moves it to a step and changes only the artists in `moving`.
-
-    Attributes:
-        run: finished or not; a notice stands in for what is not recorded.
-        figure: the matplotlib Figure.
-        steps: the first and the last logged step.
-        moving: the artists that change with the step.
-    """
+    """The figure of a run, finished or not. `at` moves it to a step and changes only the artists in `moving`."""
 
     @small
     def __init__(self, run: Run):
@@ -157,8 +149,7 @@ def _averaged(colours: np.ndarray) -> np.ndarray:
 def plot_run(run: Run, step: int | None = None) -> Figure:
     """One run at one step, the last if None; the static form of `hdlib.lab.explore`.
 
-    On the left held-out KL, hidden width, loss terms and the error of each layer's hidden states. On the right the
-    neurons of the teacher: the darker the more important, white if removed.
+    Left: held-out KL, hidden width, loss terms, error of the hidden states of each layer. Right: as `plot_neurons`.
     """
     drawn = RunFigure(run)
     if step is not None:

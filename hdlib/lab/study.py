@@ -23,7 +23,6 @@ from ..runs import Run, write_whole
 from . import cost
 
 MEASURES = ("kl", "agreement", "mlm", "accuracy", "hidden", "teacher_mlm")  # held out, at the last step
-SPREAD = {"lowest difference": "min", "highest difference": "max"}
 
 
 @dataclass(frozen=True)
@@ -154,31 +153,24 @@ def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") 
     Returns:
         A row an arm. Over all its seeds: `seeds` (count), `mean`, `lowest`, `highest` of the measure. Over the seeds
         that the baseline has too: `difference` (mean of arm minus baseline), `lowest difference`,
-        `highest difference`, and `worse`, the fraction of them on which the arm is higher. These are missing (NaN) for
-        the baseline itself and without a baseline.
+        `highest difference`, and `worse`, the fraction on which the arm is higher; NaN for the baseline itself.
     """
     by_seed = table.pivot(index="seed", columns="arm", values=measure)[table["arm"].unique()]
-    summary = pd.DataFrame({"seeds": by_seed.count(), "mean": by_seed.mean(), "lowest": by_seed.min()})
-    summary["highest"] = by_seed.max()
+    summary = by_seed.agg(["count", "mean", "min", "max"]).T.set_axis(["seeds", "mean", "lowest", "highest"], axis=1)
     others = by_seed.drop(columns=baseline, errors="ignore")
     paired = others.sub(by_seed.get(baseline, math.nan), axis=0)
     summary["difference"] = paired.mean()
-    for name, extreme in SPREAD.items():
-        summary[name] = paired.agg(extreme)
+    summary["lowest difference"], summary["highest difference"] = paired.min(), paired.max()
     summary["worse"] = (paired > 0).sum() / paired.count()
-    return summary.rename_axis("arm")
+    return summary.rename_axis("arm").astype({"seeds": int})
 
 
 def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFrame:
-    """Fraction of the neurons kept by one run that another run kept too, for all pairs of arms.
+    """Fraction of the neurons kept by one run that another run kept too: a table over arms, mean over pairs of runs.
 
-    Args:
-        runs: of students with the same final widths that started as copies of the teacher.
-        group: the last part of group names: "hidden", "ffn", "query_key" or "value_output"; the mean over layers.
-
-    Returns:
-        A square table over arms, the mean over all pairs of different runs; on the diagonal between the seeds of an arm
-        (NaN for a single seed). Identical choices give 1, random ones the kept fraction.
+    The runs start as copies of the teacher and end with the same widths. `group` is the last part of group names:
+    "hidden", "ffn", "query_key" or "value_output"; the mean over layers. On the diagonal are the seeds of an arm, NaN
+    for a single seed. Identical choices give 1, random ones the kept fraction.
     """
     kept = {arm: [_kept(run, group) for run in each] for arm, each in runs.items()}
 
