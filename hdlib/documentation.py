@@ -1,378 +1,169 @@
-"""An English corpus out of the documentation that every installation has on its disk.
+"""An English corpus made of the documentation that every installation has on its disk.
 
-Distillation needs text, and a machine without a network cannot download any. It does have Python and the
-packages this library stands on, and these carry megabytes of careful English in their docstrings. `gather`
-reads them without importing anything, keeps the running prose, drops what is said twice, and leaves two
-parquet files in a cache. The result depends on the Python version and on the required distributions alone: an
-unrelated package in the same environment changes nothing.
+The sources are the docstrings of the standard library and of the packages that hdlib requires, and the language
+reference in `pydoc_data.topics`. They are parsed, not imported, and only running prose is kept.
 """
-
-from __future__ import annotations
 
 import ast
 import gc
 import hashlib
 import inspect
-import json
 import os
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
+from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tqdm.auto import tqdm
 
-RECIPE = 1  # to be raised whenever this file would make another corpus of the same sources
+RECIPE = 2  # raise it when a change in this file changes the text
 MINIMUM_BYTES = 8_000_000
-VALIDATION_PERCENT = 4
-REQUIREMENTS = (  # where the search starts if hdlib runs from a checkout that was never installed
-    "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "matplotlib",
-    "ipywidgets", "papermill", "jupyterlab", "pandas", "scikit-learn",
-)  # fmt: skip
-UNWANTED = {"test", "tests", "idle_test", "_vendor", "_vendored", "site-packages", "dist-packages"}
+VALIDATION_PERCENT = 4  # of the modules
+PACKAGES = "accelerate", "datasets", "ipywidgets", "jupyterlab", "matplotlib", "papermill", "scikit-learn", "transformers"
+NOT_READ = {"test", "tests", "idle_test", "_vendor", "_vendored", "site-packages", "dist-packages"}
 
-
-class Package(NamedTuple):
-    """A distribution, or Python itself; a call of `files` lists its files as (relative path, real path)."""
-
-    name: str
-    version: str
-    files: Callable[[], Iterable[tuple[Path, Path]]]
-
-
-class Module(NamedTuple):
-    """A Python file: the package that ships it, its dotted name, and its path."""
-
-    package: str
-    name: str
-    path: Path
-
-
-class Document(NamedTuple):
-    """The prose of one docstring or topic; `source` is the dotted name of the module it stands in."""
-
-    paragraphs: list[str]
-    package: str
-    source: str
-
-    @property
-    def text(self) -> str:
-        """The paragraphs as one string, an empty line between them."""
-        return "\n\n".join(self.paragraphs)
-
-
-# ------------------------------------------------------------------------------------------------- the corpus
+MARKUP = {  # pattern: replacement
+    r"(?m)^ *(?:(?:[^\w\n]|_)+|[*`\w., ]{1,60} :(?: .*)?)$": "",  # a line without letters, or with a name and its type
+    r"(?m)::$": ":",
+    r"!?(?<!\w)\[([^\[\]]+)\](?:\([^()\s]*\)| ?\[[^\[\]]*\])": r"\1",  # [text](address), [text][label]
+    # :role:`text`, `text <address>`_, [1]_, [`name`]
+    r":[\w:+-]+:(?=`)|\s+<[^<>]*>(?=`)|\s*\[[\w*#]+\]_|\[?`+(?:[~!]|_{1,2}(?!\w)|\])?": "",
+    r"(?<![\w*])(\*{1,2})([^*\s](?:[^*\n]*\n?[^*\n]*[^*\s])?)\1(?![\w*])": r"\2",  # **strong**
+}
+ITEM = re.compile(  # a bullet or number; then :param count: or count (int):
+    r"(?:(?:[-*+•]|\(?(?:\d{1,2}|[a-zA-Z])[.)])\s+)?(?::[^:]+:(?:\s+|$)|\*{0,2}[\w.]+(?:\s*\(.*?\))?\s*:(?:\s+|$))?"
+)
+CODE = re.compile(r"://|www\.|[\\{}`|$<>=]|%[(sdrf]")
+COMMON = """a an and are as at be but by can do does for from has have if in is it its may must not of on one only or
+    other should that the their them these they this to use used was we when where which will with you your""".split()
 
 
 def gather(cache_dir: Path | None = None) -> Path:
-    """Return the folder with the corpus, `train.parquet` and `validation.parquet`; made at first use.
+    """Return the folder with the corpus, `train.parquet` and `validation.parquet`. The first call makes it.
 
-    Both have the columns `text` (one document, paragraphs parted by an empty line), `package` and `source`.
-    The folder lies in `cache_dir` (default: $HDLIB_CACHE, else ~/.cache/hdlib); its name stands for all that
-    the corpus depends on. Raises RuntimeError if there is less than `MINIMUM_BYTES` bytes of prose.
+    Columns: `text` (one docstring, an empty line between paragraphs), `package`, and `source`, the module's name.
+    The folder is in `cache_dir` (default: $HDLIB_CACHE, else ~/.cache/hdlib). Its name depends on `RECIPE` and the
+    versions of Python and of the packages. Raises RuntimeError for less than `MINIMUM_BYTES` bytes of prose.
     """
     cache = Path(cache_dir or os.environ.get("HDLIB_CACHE") or Path.home() / ".cache" / "hdlib")
-    packages = installed()
-    folder = cache / f"documentation-{content_key(packages)}"
-    if not folder.is_dir():
-        documents = collect(packages)
-        cache.mkdir(parents=True, exist_ok=True)
-        write(documents, folder)
+    packages = required(PACKAGES)
+    facts = RECIPE, platform.python_version(), sorted((package.name, package.version) for package in packages)
+    folder = cache / f"documentation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            files = sources(packages)
+            with ProcessPoolExecutor(initializer=gc.disable) as pool:  # syntax trees contain no cycles
+                found = tqdm(pool.map(read, files, chunksize=16), total=len(files), desc="gathering text", unit="file")
+                write([row for rows in found for row in rows], folder)
     return folder
 
 
-def content_key(packages: Iterable[Package]) -> str:
-    """A short hexadecimal name for the recipe and the versions of `packages`; no file of theirs is read."""
-    facts = [RECIPE, sorted((package.name, package.version) for package in packages)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+def required(names: Iterable[str]) -> list[metadata.Distribution]:
+    """The installed distributions of these names and all that they require."""
+    found, pending = {}, list(names)
+    for name in map(canonicalize_name, pending):  # the list grows meanwhile
+        installed = next(iter(metadata.distributions(name=name)), None)  # None: required on other platforms only
+        if installed and name not in found:
+            found[name] = installed
+            needs = map(Requirement, installed.requires or [])
+            pending += [each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return list(found.values())
 
 
-def collect(packages: Iterable[Package]) -> list[Document]:
-    """All distinct prose of `packages`, in the order of the packages, their modules and their lines.
-
-    Raises RuntimeError if that is less than `MINIMUM_BYTES` bytes of UTF-8.
-    """
-    sources = [module for package in packages for module in modules(package)]
-    with ProcessPoolExecutor(initializer=gc.disable) as pool:  # syntax trees have no cycles to search for
-        pages = pool.map(read, sources, chunksize=16)  # in the order of the sources, whichever is read first
-        bar = tqdm(pages, total=len(sources), desc="gathering documentation", unit="file")
-        documents = distinct(document for page in bar for document in page)
-    found = sum(len(document.text.encode()) for document in documents)
-    if found < MINIMUM_BYTES:
-        raise RuntimeError(
-            f"The documentation installed here holds {found:,} bytes of English prose, and distillation "
-            f"wants at least {MINIMUM_BYTES:,}; pass the path of a local corpus instead."
-        )
-    return documents
-
-
-def distinct(documents: Iterable[Document]) -> list[Document]:
-    """The documents without the paragraphs that were said before, in an earlier one or in the same."""
-    seen: set[str] = set()
-    kept = []
-    for document in documents:
-        fresh = []
-        for paragraph in document.paragraphs:
-            if (key := fingerprint(paragraph)) not in seen:
-                seen.add(key)
-                fresh.append(paragraph)
-        if fresh:
-            kept.append(document._replace(paragraphs=fresh))
-    return kept
-
-
-def fingerprint(paragraph: str) -> str:
-    """Equal for paragraphs that begin and end alike, case, punctuation, numbers and identifiers aside."""
-    words = re.findall(r"[\w.]*\w", paragraph)
-    plain = ["@" if IDENTIFIER.search(word) else word.lower() for word in words]
-    return " ".join([*plain[:8], "...", *plain[8:][-8:]])
-
-
-IDENTIFIER = re.compile(r"[\d_.]|[a-z][A-Z]")
-
-
-def write(documents: Iterable[Document], folder: Path) -> None:
-    """Make `folder` out of `documents`, whole or not at all; one that another process made first stays."""
-    splits: dict[str, list[Document]] = {"train": [], "validation": []}
-    for document in documents:
-        splits["validation" if is_held_out(document) else "train"].append(document)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="gathering-") as scratch:
-        draft = Path(scratch, folder.name)
-        draft.mkdir()
-        for split, chosen in splits.items():
-            rows = [{"text": each.text, "package": each.package, "source": each.source} for each in chosen]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, COLUMNS), draft / f"{split}.parquet")
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-
-
-COLUMNS = pyarrow.schema([(name, pyarrow.string()) for name in ("text", "package", "source")])
-
-
-def is_held_out(document: Document) -> bool:
-    """Whether the document is for validation; a module falls to one side whole, and everywhere alike."""
-    digest = hashlib.sha256(f"{document.package}/{document.source}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 100 < VALIDATION_PERCENT
-
-
-# ------------------------------------------------------------------------------------------ what is installed
-
-
-def installed() -> list[Package]:
-    """Python, and then by name the installed distributions that hdlib needs at run time, directly or not."""
+def sources(packages: Iterable[metadata.Distribution]) -> list[tuple[str, str, Path]]:
+    """(package, module, path) of the Python files of the standard library and of the packages, sorted."""
     library = Path(sysconfig.get_path("stdlib"))
-    distributions = [metadata.distribution(name) for name in sorted(required("hdlib"))]
-    return [
-        Package("python", platform.python_version(), partial(files_below, library)),
-        *(Package(each.name, each.version, partial(files_of, each)) for each in distributions),
-    ]
-
-
-def required(root: str) -> set[str]:
-    """Canonical names of the installed distributions that `root` requires, that these require, and so on."""
-    reached = set()
-    pending = [(name, "") for name in ([root] if find(root) else REQUIREMENTS)]
-    while pending:
-        name, extra = pending.pop()
-        distribution = find(name)  # None if required on other platforms only
-        if distribution and (name, extra) not in reached:
-            reached.add((name, extra))
-            for line in map(Requirement, distribution.requires or []):
-                if line.marker is None or line.marker.evaluate({"extra": extra}):
-                    pending += [(canonicalize_name(line.name), wanted) for wanted in ("", *line.extras)]
-    return {name for name, _ in reached} - {root}
-
-
-def find(name: str) -> metadata.Distribution | None:
-    """The installed distribution of this name, if there is one."""
-    return next(iter(metadata.distributions(name=name)), None)
-
-
-def files_of(distribution: metadata.Distribution) -> list[tuple[Path, Path]]:
-    """The files that the distribution's installer recorded."""
-    return [(Path(file), Path(distribution.locate_file(file))) for file in distribution.files or []]
-
-
-def files_below(root: Path) -> list[tuple[Path, Path]]:
-    """The files in the tree at `root`."""
-    return [(path.relative_to(root), path) for path in root.rglob("*.py")]
-
-
-def modules(package: Package) -> list[Module]:
-    """The package's own Python files, sorted by name: no tests and no copies of other packages."""
-    own = [
-        Module(package.name, ".".join(file.with_suffix("").parts).removesuffix(".__init__"), path)
-        for file, path in package.files()
-        if file.suffix == ".py" and not file.name.startswith("test_") and UNWANTED.isdisjoint(file.parts)
-    ]
-    return sorted(own)
-
-
-# --------------------------------------------------------------------------------------- from source to prose
-
-
-def read(module: Module) -> list[Document]:
-    """The documents in a module, in the order of its lines; none if it is no Python of this version."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
-            tree = ast.parse(module.path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return []
-    said = [prose(string) for string in strings(tree)]
-    return [Document(paragraphs, module.package, module.name) for paragraphs in said if paragraphs]
-
-
-def strings(tree: ast.Module) -> list[str]:
-    """The docstrings, and the other strings of several lines: topics, or docstrings attached by a call."""
-    found = {}
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        value = node.value if isinstance(node, ast.Expr) else node
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            if value is not node or "\n" in value.value:
-                found[value.lineno, value.col_offset] = value.value
-        else:
-            pending += [child for child in ast.iter_child_nodes(node) if may_hold_strings(child)]
-    return [found[place] for place in sorted(found)]
-
-
-def may_hold_strings(node: ast.AST) -> bool:
-    """Whether to look into a node: expressions on one line, most of a tree, hold no long strings."""
-    return isinstance(node, ast.stmt) or (isinstance(node, WRAPPABLE) and node.end_lineno > node.lineno)
-
-
-WRAPPABLE = (ast.expr, ast.keyword, ast.excepthandler)
-
-
-def prose(text: str) -> list[str]:
-    """The paragraphs of a docstring that are running English, each on one line and without markup."""
-    lines = visible(inspect.cleandoc(text).splitlines())
-    return [plain for paragraph in paragraphs(lines) if is_english(plain := unmarked(paragraph))]
-
-
-def visible(lines: Iterable[str]) -> Iterator[str]:
-    """The lines, with empty ones in place of code, tables, underlines and directives."""
-    fenced, session, literal = False, False, None  # literal: the depth of the line that announced the block
-    for line in lines:
-        bare, depth = line.strip(), indentation(line)
-        session = bool(bare) and (session or bare.startswith((">>>", "In [")))
-        if literal is not None and bare and depth <= literal:
-            literal = None
-        shown = not (fenced or session or literal is not None or LAYOUT.search(bare))
-        if bare.startswith("```"):
-            fenced, shown = not fenced, False
-        elif shown and (directive := DIRECTIVE.match(bare)):
-            shown = False
-            literal = None if directive["name"] in SPOKEN else depth
-        elif shown and bare.endswith("::"):
-            literal = depth
-        yield line if shown else ""
-
-
-def indentation(line: str) -> int:
-    """How many spaces stand before the line's text."""
-    return len(line) - len(line.lstrip())
-
-
-LAYOUT = re.compile(r"^[\W_]+$|^[|+].*[|+]$|[^.!?:\s] {3,}\S|^@|^<[^<>]*>$")
-DIRECTIVE = re.compile(r"\.\.(?:\s+(?:(?P<name>[\w-]+)::)?.*)?$")
-SPOKEN = {  # directives whose content is prose
-    "admonition", "attention", "caution", "deprecated", "hint", "important", "note", "seealso", "tip",
-    "topic", "versionadded", "versionchanged", "warning",
-}  # fmt: skip
-
-
-def paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Join wrapped lines; an empty line, another indentation or a list item begins a new paragraph.
-
-    An item's text and the lines that hang below it are one paragraph; its bullet, name and type go.
-    """
-    joined, margin, in_list, hangs = "", 0, False, False
-    for line in [*lines, ""]:
-        bare, depth = line.strip(), indentation(line)
-        item = ITEM.match(bare)
-        running = joined and depth == margin and not in_list and not bare.startswith(("-", "*", "+", ":"))
-        is_item = bool(item[0]) and not running  # amid running text it is but a colon or a number
-        if joined and bare and not is_item and (depth == margin or (hangs and depth > margin)):
-            joined, margin, hangs = f"{joined} {bare}", depth, False
-            continue
-        if joined:
-            yield joined
-        joined, margin, in_list, hangs = bare, depth, is_item, is_item
-        if is_item:
-            joined = "" if item["typed"] else bare[item.end() :]
-
-
-ITEM = re.compile(
-    r"(?:(?:[-*+•]|\(?(?:\d{1,2}|[a-zA-Z])[.)])\s+)?"  # a bullet or number, and perhaps a name:
-    r"(?::[^:`]+:(?:\s+|$)"  # :param count:
-    r"|(?P<typed>[*`\w., ]{1,60} :(?:\s+|$))"  # count, size : int
-    r"|[*`]{0,2}[\w.]+[*`]{0,2}(?:\s*\(.*?\))?(?:\s*:| --?)(?:\s+|$))?"  # count (int):
-)
-
-
-def unmarked(paragraph: str) -> str:
-    """The paragraph without markup, and without the sentences that an address or a formula interrupts."""
-    for pattern, replacement in MARKUP:
-        paragraph = pattern.sub(replacement, paragraph)
-    sentences = SENTENCE_END.split(paragraph)
-    return " ".join(sentence for sentence in sentences if not UNSPEAKABLE.search(sentence)).strip()
-
-
-MARKUP = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"!?\[([^\[\]]+)\]\([^()\s]*\)", r"\1"),  # [text](address)
-        (r"(?<!\w)\[([^\[\]]+)\] ?\[[^\[\]]*\]", r"\1"),  # [text][label]
-        (r":[\w:+-]+:(?=`)", ""),  # :role:`text`
-        (r"`([^`<>]+?)\s*<[^`<>]+>`_{0,2}", r"\1"),  # `text <address>`_
-        (r"\[(`+[^`\]]+`+)\]", r"\1"),  # [`Name`]
-        (r"\s*\[[\w*#]+\]_", ""),  # [1]_
-        (r"(?<![\w`])(`{1,2})[~!]?([^`\s](?:[^`]*[^`\s])?)\1_{0,2}(?!\w)", r"\2"),  # ``code``
-        (r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])", r"\2"),  # **strong**
-        (r"::$", ":"),
-        (r"\s+", " "),
+    files = [("python", path.relative_to(library), path) for path in library.rglob("*.py")]
+    for package in packages:
+        name = package.name  # parses the metadata anew each time
+        files += [(name, Path(file), Path(file.locate())) for file in package.files or []]
+    return sorted(
+        (package, ".".join(file.with_suffix("").parts).removesuffix(".__init__"), path)
+        for package, file, path in files
+        if file.suffix == ".py" and not file.name.startswith("test_") and NOT_READ.isdisjoint(file.parts)
     )
-]
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<![ie]\.[eg]\.) (?=[^a-z])")  # but not after "i.e." or "e.g."
-UNSPEAKABLE = re.compile(r"://|www\.|[\\{}`|$<>=]|%[(sdrf]")
+
+
+def read(source: tuple[str, str, Path]) -> list[tuple[str, str, int, str]]:
+    """(package, module, number, paragraph) of each docstring and each other string of several lines in a file."""
+    package, module, path = source
+    try:
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes
+            nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
+    except (SyntaxError, ValueError, OSError):  # templates, and files for another version of Python
+        return []
+    rows = []
+    for number, node in enumerate(nodes):  # the list grows meanwhile
+        value = node.value if isinstance(node, ast.Expr) else node
+        if isinstance(value, ast.Constant):
+            if isinstance(value.value, str) and (value is not node or "\n" in value.value):
+                rows += [(package, module, number, paragraph) for paragraph in prose(value.value)]
+        elif isinstance(node, ast.Module | ast.stmt) or getattr(node, "lineno", 0) < getattr(node, "end_lineno", 0):
+            nodes += ast.iter_child_nodes(node)
+    return rows
+
+
+def write(rows: list[tuple[str, str, int, str]], folder: Path) -> None:
+    """Drop repetitions and write both parts, each module to one of them. The folder gets its name when complete."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=["package", "source", "number", "text"])
+    words = table["text"].str.findall(r"\b[a-z]+\b")  # no names and numbers
+    table = table[~(words.str[:8] + words.str[-8:]).str.join(" ").duplicated()]
+    if (size := sum(len(text.encode()) for text in table["text"])) < MINIMUM_BYTES:
+        raise RuntimeError(
+            f"The documentation installed here has too little English prose: {size:,} bytes, at least "
+            f"{MINIMUM_BYTES:,} are needed. Pass the path of a local corpus instead."
+        )
+    table = table.groupby(["package", "source", "number"])["text"].agg("\n\n".join).reset_index()
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in table["package"] + "/" + table["source"]]
+    held_out = pd.Series([int(digest[:8], 16) % 100 < VALIDATION_PERCENT for digest in digests])
+    draft = folder.with_suffix(".draft")
+    draft.mkdir(exist_ok=True)
+    for name, part in {"train": table[~held_out], "validation": table[held_out]}.items():
+        part[["text", "package", "source"]].to_parquet(draft / f"{name}.parquet", index=False)
+    draft.rename(folder)
+
+
+def prose(text: str) -> Iterator[str]:
+    """The paragraphs of a docstring that are running English, each on one line and without markup."""
+    text = inspect.cleandoc(text)
+    for pattern, replacement in MARKUP.items():
+        text = re.sub(pattern, replacement, text)
+    for paragraph in paragraphs(text):
+        sentences = re.split(r"(?<=[.!?]) (?=[^a-z])", paragraph)
+        if is_english(plain := " ".join(each for each in sentences if not CODE.search(each))):
+            yield plain
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Join wrapped lines. An empty line, another indentation or a list item starts a paragraph."""
+    joined, margin, in_list = "", 0, False
+    for line in [*text.splitlines(), ""]:
+        bare, depth = " ".join(line.split()), len(line) - len(line.lstrip())
+        item = ITEM.match(bare).end()
+        if depth == margin and joined and not in_list and not bare.startswith(("-", "*", "+", ":")):
+            item = 0  # a colon or a number in running text
+        if joined and bare and not item and (depth == margin or (in_list and depth > margin)):
+            joined, margin = f"{joined} {bare}", depth
+        else:
+            yield joined
+            joined, margin, in_list = bare[item:], depth, item > 0
 
 
 def is_english(paragraph: str) -> bool:
-    """Whether this is a whole sentence of English or several, and neither a licence nor an enumeration."""
+    """Whether these are whole sentences of English, and neither a licence nor an enumeration."""
     words = re.findall(r"[a-z]+", paragraph.lower())
-    common = [word for word in words if word in COMMON]
-    return (
-        len(words) >= 8
-        and len(common) >= len(words) / 5
-        and len(set(common)) >= 3
-        and sum(map(len, words)) >= 0.88 * len(paragraph.replace(" ", ""))
-        and SENTENCE.match(paragraph) is not None
-        and LEGAL.search(paragraph) is None
-    )
-
-
-COMMON_WORDS = """
-    a about after all also an and any are as at be been before between but by can do does each for from had
-    has have if in into is it its may more must no not of on one only or other over same should so some such
-    than that the their them then there these they this to until up use used was we were what when where
-    whether which while will with without would you your
-"""
-COMMON = frozenset(COMMON_WORDS.split())
-SENTENCE = re.compile(r"[A-Z0-9\"'(].*[.!?:][\"')]*$")
-LEGAL = re.compile(r"copyright|licen[sc]e|warrant(y|ies)|redistribut", re.IGNORECASE)
+    common = sum(word in COMMON for word in words)
+    letters = sum(map(len, words)) >= 0.88 * len(paragraph.replace(" ", ""))
+    whole = re.fullmatch(r"[A-Z0-9\"'(].*[.!?:][\"')]*", paragraph)
+    legal = re.search(r"(?i)copyright|licen[sc]e|warrant|redistribut", paragraph)
+    return bool(len(words) >= 8 and common >= max(3, len(words) / 5) and letters and whole and not legal)
