@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_linear_schedule_with_warmup
 
 import hdlib
-from hdlib.corpus import load_documents
 from hdlib.data import NextToken, TrainingBatches
+from hdlib.text.corpus import load_documents
 
 LENGTH, VOCABULARY, BATCH = 128, 4096, 16
 END = "<|endoftext|>"

@@ -31,10 +31,10 @@ from transformers import (
 )
 
 import hdlib
-from hdlib.corpus import load_documents
 from hdlib.data import Masking, TrainingBatches
 from hdlib.losses import mlm_loss
 from hdlib.models import forward
+from hdlib.text.corpus import load_documents
 
 LENGTH = 128
 VOCABULARY = 8192

@@ -12,7 +12,7 @@ _MODULE_OF = {
     name: module
     for module, names in {
         "config": "DistillConfig",
-        "corpus": "load_corpus",
+        "text.corpus": "load_corpus",
         "discrepancy": "discrepancy",
         "distill": "Diverged Stopped distill",
         "losses": "DistillationLoss",

@@ -1,7 +1,7 @@
-"""Blocks of tokens to batches with something to predict.
+"""Token blocks and masked batches. B batch, S tokens, N blocks.
 
-The batch of step t is a pure function of (seed, t): a resumed run reads what the undisturbed one read, and N processes
-share out the batch that one process would have had. Text becomes blocks in `corpus`.
+The batch of step t is a pure function of (seed, t): a resumed run reads the batches of the uninterrupted one, and
+several processes split the batch of a single one. `hdlib.text.corpus` makes blocks from text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .losses import IGNORED
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Blocks of S tokens as arrays, in memory or memory-mapped; needs no `datasets`.
+    """Blocks of S tokens as arrays, in memory or memory-mapped, without `datasets`.
 
     Args:
         input_ids: (N, S), tensor or array of integers.
@@ -43,7 +43,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def as_blocks(blocks):
-    """What the loop reads: an array (N, S) becomes `Blocks`, a `datasets.Dataset` one that gives tensors."""
+    """Blocks in the form that the loop reads: an array (N, S) as `Blocks`, a `datasets.Dataset` in torch format."""
     if isinstance(blocks, Tensor | np.ndarray):
         return Blocks(blocks)
     return blocks if isinstance(blocks, Blocks) else blocks.with_format("torch")
@@ -51,11 +51,9 @@ def as_blocks(blocks):
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's masking: 15 % of the tokens are to be predicted; 80 % of them are hidden behind [MASK],
-    10 % are replaced by a random token, 10 % are left as they are.
+    """BERT's masking: 15 % of the tokens are labelled; 80 % of them become [MASK], 10 % a random token, 10 % stay.
 
-    Every block gets the same number of masked tokens, so that the mean over N equal shares of a batch
-    is the mean over the batch.
+    Every block has the same number of labels, so the mean over equal shares of a batch is the mean over the batch.
     """
 
     mask_token_id: int
@@ -68,35 +66,35 @@ class Masking:
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids), probability)
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, S) token ids to masked ids and labels, both (B, S); labels are -100 where nothing is masked."""
+        """Token ids (B, S) to masked ids (B, S) and labels (B, S), -100 where nothing is predicted."""
         special = torch.isin(input_ids, torch.tensor(self.special_ids))  # (B, S)
         count = max(1, round(self.probability * input_ids.shape[1]))
         draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)  # special ones last
         chosen = torch.zeros_like(special).scatter(1, draw.argsort(1)[:, :count], True) & ~special
         labels = input_ids.where(chosen, IGNORED)
-        fate = torch.rand(input_ids.shape, generator=generator)  # (B, S): < 0.8 hide, < 0.9 replace, else leave
+        fate = torch.rand(input_ids.shape, generator=generator)  # (B, S): < 0.8 mask, < 0.9 replace, else keep
         random_ids = torch.randint(self.vocab_size, input_ids.shape, generator=generator)
         masked = input_ids.where(~(chosen & (fate < 0.9)), random_ids)
         return masked.masked_fill(chosen & (fate < 0.8), self.mask_token_id), labels
 
 
 class NextToken:
-    """Causal language modelling: nothing is hidden, the label of each token is the one after it."""
+    """Causal language modelling: the label of each token is the next one."""
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, S) token ids to the same ids and labels, (B, S); the last of a block has no label, -100."""
+        """Token ids (B, S) to the same ids and labels (B, S), -100 at the end of each block."""
         return input_ids, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """The batch of every step: item t is the batch of step t, a pure function of (seed, t).
+    """Item t is the batch of step t, a pure function of (seed, t).
 
     Args:
         blocks: training blocks with `input_ids`.
-        task: what is hidden and what is to be predicted: Masking or NextToken.
+        task: Masking or NextToken.
         batch_size: B, blocks a step over all processes.
-        seed: of order and masks. Every pass over the corpus has an order of its own.
-        share: (rank, processes): this process gets every processes-th block of the batch.
+        seed: of order and masks; each epoch has its own order.
+        share: (rank, processes): this process reads every processes-th block of the batch.
     """
 
     def __init__(
@@ -120,28 +118,28 @@ class TrainingBatches(torch.utils.data.Dataset):
         return {"input_ids": input_ids[mine], "labels": labels[mine]}
 
     def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.blocks))
+        epoch, index = divmod(position, len(self.blocks))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.blocks), generator=generator))
-        return int(self._order[1][place])
+        return int(self._order[1][index])
 
 
 def micro_batches(
     batch: dict[str, Tensor], size: int, device: torch.device | str
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """A batch in parts of `size` blocks (0: all of them), each with its share of the batch, on the device in turn.
+    """Micro-batches of `size` blocks (0: all), each moved to the device in turn, with its weight in the batch.
 
-    Every block has as many labels as any other, so means over the parts, weighted by the shares, are the batch's.
+    Every block has the same number of labels, so weighted means over micro-batches are means over the batch.
     """
     blocks = len(batch["input_ids"])
     for start in range(0, blocks, size or blocks):
-        part = {name: tensor[start : start + (size or blocks)].to(device) for name, tensor in batch.items()}
-        yield part, len(part["input_ids"]) / blocks
+        micro_batch = {name: tensor[start : start + (size or blocks)].to(device) for name, tensor in batch.items()}
+        yield micro_batch, len(micro_batch["input_ids"]) / blocks
 
 
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-    """Blocks in their order as batches of (B, S) tensors, the last one perhaps smaller."""
+    """Blocks in order as batches of (B, S) tensors; the last one may be smaller."""
     blocks = as_blocks(blocks)
     for start in range(0, len(blocks), batch_size):
         batch = blocks[start : start + batch_size]
@@ -149,6 +147,6 @@ def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iter
 
 
 def labelled_once(input_ids: Tensor, task: Masking | NextToken, seed: int) -> Blocks:
-    """Held-out blocks (N, S) with the labels that they will always have."""
+    """Held-out blocks (N, S) with fixed labels."""
     input_ids, labels = task(input_ids, torch.Generator().manual_seed(seed))
     return Blocks(input_ids, labels)

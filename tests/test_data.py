@@ -15,7 +15,7 @@ import pytest
 import torch
 import zstandard
 
-import hdlib
+import hdlib.text.corpus
 from hdlib.data import Masking, TrainingBatches
 
 from conftest import sentences
@@ -63,7 +63,7 @@ class Counted:
 
     def __init__(self, monkeypatch, stop_after=None, pause=0.0):
         self.seen, self.stop_after = [], stop_after
-        original = hdlib.corpus.Tokenizer.from_str
+        original = hdlib.text.corpus.Tokenizer.from_str
 
         def counting(definition):
             encoder = original(definition)
@@ -80,14 +80,14 @@ class Counted:
 
             return Counting()
 
-        monkeypatch.setattr(hdlib.corpus, "Tokenizer", SimpleNamespace(from_str=counting))
+        monkeypatch.setattr(hdlib.text.corpus, "Tokenizer", SimpleNamespace(from_str=counting))
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
     """As with millions of documents: 10 are packed together, 20 make a file of the cache."""
-    monkeypatch.setattr(hdlib.corpus, "TOGETHER", 10)
-    monkeypatch.setattr(hdlib.corpus, "PART", 20)
+    monkeypatch.setattr(hdlib.text.corpus, "TOGETHER", 10)
+    monkeypatch.setattr(hdlib.text.corpus, "PART", 20)
 
 
 def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer, small_parts, monkeypatch):
@@ -107,7 +107,7 @@ def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer,
 def test_blocks_are_made_once_for_all_that_ask(tmp_path, tokenizer, small_parts, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
-    hdlib.corpus.load_documents(path)  # so that both are at the blocks at once
+    hdlib.text.corpus.load_documents(path)  # so that both are at the blocks at once
     counted = Counted(monkeypatch, pause=0.05)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda _: hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"], range(2))
@@ -118,15 +118,15 @@ def test_a_huge_corpus_is_drawn_from_in_shares_that_reach_all_of_it(tmp_path, to
     """Nothing lost, nothing twice, one in fifty held out, and of every share from its first to its last document."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{number} and some words"}) + "\n" for number in range(1030)))
-    documents = hdlib.corpus.load_documents(path)["train"]
+    documents = hdlib.text.corpus.load_documents(path)["train"]
     at_once, whole = (
-        hdlib.corpus._hold_out(documents, seed=3),
-        documents.train_test_split(1 / hdlib.corpus.HELD_OUT, seed=3),
+        hdlib.text.corpus._hold_out(documents, seed=3),
+        documents.train_test_split(1 / hdlib.text.corpus.HELD_OUT, seed=3),
     )
     assert [part["text"][:] for part in at_once["train"]] == [whole["train"]["text"][:]]
     train, _ = hdlib.load_corpus(path, tokenizer, 16)
-    monkeypatch.setattr(hdlib.corpus, "DRAWN_TOGETHER", 300)
-    parts = hdlib.corpus._hold_out(documents, seed=3)
+    monkeypatch.setattr(hdlib.text.corpus, "DRAWN_TOGETHER", 300)
+    parts = hdlib.text.corpus._hold_out(documents, seed=3)
     numbers = {split: [[int(text.split()[0]) for text in part["text"]] for part in parts[split]] for split in parts}
     assert [len(part) for part in numbers["validation"]] == [6, 6, 6, 6]
     shares = [chosen + held_out for chosen, held_out in zip(*numbers.values(), strict=True)]
@@ -144,18 +144,18 @@ def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_p
     with pytest.raises(KeyboardInterrupt):
         hdlib.load_corpus(path, tokenizer, 16)
     monkeypatch.undo()
-    monkeypatch.setattr(hdlib.corpus, "TOGETHER", 10)
-    monkeypatch.setattr(hdlib.corpus, "PART", 20)
+    monkeypatch.setattr(hdlib.text.corpus, "TOGETHER", 10)
+    monkeypatch.setattr(hdlib.text.corpus, "PART", 20)
     rest = Counted(monkeypatch)
     train, _ = hdlib.load_corpus(path, tokenizer, 16)
     assert set(cut_off.seen[:40]).isdisjoint(rest.seen), "two whole parts are not made again"
     assert set(cut_off.seen) | set(rest.seen) == {f"{tmp_path} {text}" for text in sentences(120)}
-    monkeypatch.setattr(hdlib.corpus, "PART", 1000)
+    monkeypatch.setattr(hdlib.text.corpus, "PART", 1000)
     assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] == train["input_ids"], "parts change no block"
 
 
 def test_a_stream_gives_the_same_blocks_and_is_not_kept(tmp_path, tokenizer, small_parts, monkeypatch):
-    monkeypatch.setattr(hdlib.corpus, "PART_OF_STREAM", 20)
+    monkeypatch.setattr(hdlib.text.corpus, "PART_OF_STREAM", 20)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "text").mkdir()
     for name, texts in (("a", sentences(90)), ("validation", sentences(30, seed=1))):
@@ -173,7 +173,7 @@ def test_the_first_documents_of_a_stream_are_held_out(tmp_path, tokenizer, monke
     pd.DataFrame({"text": texts}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="more documents than are held out"):
         hdlib.load_corpus(tmp_path, tokenizer, 16, streaming=True)
-    monkeypatch.setattr(hdlib.corpus, "FIRST_OF_STREAM", 40)
+    monkeypatch.setattr(hdlib.text.corpus, "FIRST_OF_STREAM", 40)
     train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16, streaming=True)
     assert "student" not in tokenizer.decode([*chain(*train["input_ids"])])
     assert "teacher" not in tokenizer.decode([*chain(*validation["input_ids"])])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from hdlib import documentation
-from hdlib.documentation import Document, Package, distinct, files_below, gather, prose
+from hdlib.text import documentation
+from hdlib.text.documentation import Document, Package, distinct, files_below, gather, prose
 
 SHARED = "This sentence stands in each of the modules, and it has to come out of only one."
 

@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-import hdlib
+import hdlib.text.corpus
 from hdlib import DistillConfig
 from hdlib.checkpoints import FILES, STATE, BrokenCheckpoint, _fingerprints, load_state, save_folder
 from hdlib.training import Training
@@ -342,7 +342,7 @@ def test_a_shard_that_disappears(tokenizer, text_file, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"c\.txt.*gone\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
     (tmp_path / "c.txt").unlink()
-    checked = hdlib.corpus._checked
+    checked = hdlib.text.corpus._checked
 
     def check_and_lose(file):
         digest = checked(file)
@@ -350,7 +350,7 @@ def test_a_shard_that_disappears(tokenizer, text_file, tmp_path, monkeypatch):
             file.unlink()
         return digest
 
-    monkeypatch.setattr(hdlib.corpus, "_checked", check_and_lose)
+    monkeypatch.setattr(hdlib.text.corpus, "_checked", check_and_lose)
     with pytest.raises(FileNotFoundError, match=r"b\.txt"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
 

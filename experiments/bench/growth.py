@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 import hdlib
 from hdlib.data import Masking, TrainingBatches
-from hdlib.documentation import gather
 from hdlib.lab.plots import COLOURS, MARKERS, STYLES
+from hdlib.text.documentation import gather
 
 from .turns import in_turns
 from .work import Setting, Work

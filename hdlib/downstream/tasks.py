@@ -29,7 +29,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import HfApi
 
-from ..documentation import gather
+from ..text.documentation import gather
 
 HUB = "nyu-mll/glue"
 CSV = {"keep_default_na": False, "na_values": [""]}  # an empty field is missing; None and NA are texts

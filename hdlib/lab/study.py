@@ -50,7 +50,7 @@ class Study:
 
         `eval_every` defaults to a twentieth of `steps`. Names are as for `hdlib.load_teacher` and `hdlib.load_corpus`.
         """
-        from ..corpus import load_corpus  # imports datasets, which nothing else here needs
+        from ..text.corpus import load_corpus  # imports datasets, which nothing else here needs
 
         model, tokenizer = load_teacher(teacher)
         train, validation = load_corpus(corpus, tokenizer, length)

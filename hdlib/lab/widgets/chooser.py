@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ...config import CHOICES, DistillConfig, option
-from ...corpus import SHORTEST, check_there
 from ...models import check_length, language_model_class, shape_of
 from ...narrowing import empty_stock_model
+from ...text.corpus import SHORTEST, check_there
 from ...widths import Widths
 from ..cost import flops, parameters, project
 from ..plots import WIDTHS, plot_schedule

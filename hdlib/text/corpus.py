@@ -1,10 +1,7 @@
-"""Text to fixed-length token blocks, and blocks to batches with something to predict.
+"""A corpus as token blocks of equal length, packed without padding.
 
-Blocks are packed without padding, [CLS] ... [SEP] for masked models, the bare stream of text for causal
-ones. They are made once, by all cores, and kept in the cache of `datasets` under a name that follows from what the
-files hold, so that a corpus may be moved or copied; they are read from there as they are needed, whatever their size.
-The batch of step t is a pure function of (seed, t): a resumed run sees what the undisturbed one saw, and N processes
-share out the batch that one process would have had.
+Blocks are [CLS] ... [SEP] for masked models and the plain stream of tokens for causal ones. They are stored in the
+cache of `datasets` under a fingerprint of the files' content, so a corpus may be moved or copied.
 """
 
 from __future__ import annotations
@@ -23,15 +20,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
-from datasets import (
-    Dataset,
-    IterableDataset,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset,
-)
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 from huggingface_hub import HfApi
@@ -39,20 +28,21 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import Masking, NextToken, labelled_once
+from ..data import Masking, NextToken, labelled_once
+from ..models import check_reachable
 from .documentation import gather
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after one of the above: corpus.txt.zst
-HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are not trained on
-HELD_OUT = 50  # without such a file, one document in so many is
-DRAWN_TOGETHER = 1_000_000  # documents it is drawn from at a time, 47 bytes of memory for each
+HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # files with such a word in their names are held out
+HELD_OUT = 50  # without such a file, one document in 50 is held out
+DRAWN_TOGETHER = 1_000_000  # documents sampled at a time, to bound memory (47 bytes each)
 SHORTEST = 8  # tokens a block
-RECIPE = 2  # raise it when blocks are made in another way, so that no old cache is taken for the new
-TOGETHER = 1000  # documents that are made into blocks together; what is left of them at the end is dropped
-PART = 100_000  # documents to a file of the cache; what is killed meanwhile goes on after the last whole one
-PART_OF_STREAM = 10_000  # the same of a stream, of which so many are held in memory
-FIRST_OF_STREAM = 1000  # documents of a stream that are held out where it has no validation part
+RECIPE = 2  # raise it when blocks change, so that no old cache is used
+TOGETHER = 1000  # documents packed together; the remainder of less than one block is dropped
+PART = 100_000  # documents a cache file; an interrupted start continues after the last complete one
+PART_OF_STREAM = 10_000  # the same for a stream, whose part is held in memory
+FIRST_OF_STREAM = 1000  # documents held out of a stream without a validation part
 
 
 def load_corpus(
@@ -67,50 +57,50 @@ def load_corpus(
     validation_blocks: int = 1024,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """A corpus as blocks of `length` tokens.
+    """Load a corpus as blocks of `length` tokens.
 
     Args:
-        name_or_path: "embedded" for the English documentation on this installation's disk; a file or a
-            folder of txt, jsonl (both perhaps gz, zst, bz2 or xz) or parquet, or a list of them; or a data set's name
-            on the hub.
-        tokenizer: the teacher's.
+        name_or_path: "embedded" for the English documentation on this disk; a file or folder of txt, jsonl (both also
+            gz, zst, bz2 or xz) or parquet, or a list of them; or the name of a data set on the hub.
+        tokenizer: of the teacher.
         length: S, tokens a block, [CLS] and [SEP] included.
-        text_column: where the text is in jsonl, parquet and hub data.
-        subset: the configuration of a hub data set that has several.
-        causal: the next token is to be predicted instead of masked ones; None: if the tokenizer has no mask token.
-        streaming: make blocks of the text as it comes down, and keep nothing but them on disk: for hub data that
-            would not fit there. Without a validation part its first 1,000 documents are held out.
-        validation_blocks: at most so many blocks are held out.
-        seed: of the held-out masks (and of the hold-out, where the data has no validation part).
+        text_column: column of the text in jsonl, parquet and hub data.
+        subset: configuration of a hub data set that has several.
+        causal: label the next token instead of masked ones; None: if the tokenizer has no mask token.
+        streaming: pack the text while it is downloaded, and store only the blocks. Without a validation part the
+            first 1,000 documents are held out.
+        validation_blocks: at most so many held-out blocks are returned.
+        seed: of the held-out masks, and of the hold-out if the data has no validation part.
 
     Returns:
-        (train, validation): `train` with `input_ids`; `validation` with `input_ids` that are masked once
-        and for all and the `labels` of the masked positions (-100 elsewhere), or, causal, the plain `input_ids` and
-        as the label of each the token after it. Files with the word "validation",
-        "valid", "dev" or "test" in their names are held out; without any, one document in fifty is.
+        (train, validation), each a `datasets.Dataset`. `train` has `input_ids` (S,). `validation` has masked
+        `input_ids` and the fixed `labels`, -100 where nothing is predicted; for causal models plain `input_ids` and
+        the next tokens. Held out are files named "validation", "valid", "dev" or "test", else one document in 50.
 
     Raises:
-        FileNotFoundError: nothing there, or the hub cannot be reached.
-        ValueError: no text, text that is not UTF-8 (names file and byte), no such column, or a length
-            that the tokenizer's model cannot take.
+        FileNotFoundError: the path does not exist, or the hub cannot be reached.
+        ValueError: no text, text that is not UTF-8 (names file and byte), no such column, or an impossible length.
     """
     if tokenizer is None:
-        raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
+        raise ValueError("tokenizer is missing: load_corpus(path, tokenizer) needs the tokenizer of the teacher")
     if not SHORTEST <= length <= tokenizer.model_max_length:
         raise ValueError(
-            f"length is from {SHORTEST} to the {tokenizer.model_max_length} positions of the teacher; got {length}"
+            f"length must be from {SHORTEST} to {tokenizer.model_max_length}, the teacher's positions; got {length}"
         )
     causal = tokenizer.mask_token_id is None if causal is None else causal
     documents = {split: [part] for split, part in load_documents(name_or_path, text_column, subset, streaming).items()}
     if "validation" not in documents:
         documents = _hold_out(*documents["train"], seed)
     blocks = {split: _pack(part, tokenizer, length, text_column, causal) for split, part in documents.items()}
-    if "validation" not in blocks:  # a few long documents: the end of the last one
+    if "validation" not in blocks:  # few long documents: hold out the last blocks
         count = max(0, len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT))
         blocks = {"train": blocks["train"].take(count), "validation": blocks["train"].skip(count)}
     for split, part in blocks.items():
         if len(part) == 0:
-            raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
+            raise ValueError(
+                f"{name_or_path}: the {split} part has too little text for one block of {length} tokens. Add text or "
+                "use a smaller length"
+            )
     validation = blocks["validation"].select(range(min(validation_blocks, len(blocks["validation"]))))
     task = NextToken() if causal else Masking.of(tokenizer)
     held_out = labelled_once(validation.with_format("torch")[:]["input_ids"], task, seed)
@@ -118,10 +108,8 @@ def load_corpus(
 
 
 def check_there(name_or_path: str) -> None:
-    """Raise FileNotFoundError for a path to nothing; what may be a name on the hub passes without being asked for."""
-    only_a_path = name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~"))
-    if only_a_path and not exists(Path(name_or_path).expanduser()):
-        raise FileNotFoundError(f"there is no file or folder {name_or_path}")
+    """Raise FileNotFoundError for a path that does not exist; a possible hub name passes without a request."""
+    check_reachable(str(Path(name_or_path).expanduser()), False, lambda: None, "data set")
 
 
 def load_documents(
@@ -130,22 +118,22 @@ def load_documents(
     subset: str | None = None,
     streaming: bool = False,
 ) -> dict[str, Dataset | IterableDataset]:
-    """The texts, split into train and, where the source has one, validation. Arguments as for `load_corpus`."""
+    """The texts as `train` and, if the source has one, `validation`. Arguments as for `load_corpus`."""
     if name_or_path == "embedded":
         name_or_path = gather()
     paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
     if not paths:
-        raise ValueError("the corpus is an empty list: name a file, a folder, or a data set on the hub")
+        raise ValueError("the corpus is an empty list: pass a file, a folder, or the name of a data set")
     local = len(paths) > 1 or exists(paths[0])
     documents, contents = (
         _from_files(paths, streaming) if local else (_from_hub(str(name_or_path), subset, streaming), {})
     )
     for split, part in documents.items():
-        columns = part.column_names or list(next(iter(part), {}))  # a stream may not know before it is read
+        columns = part.column_names or list(next(iter(part), {}))  # unknown for some streams before reading
         if text_column not in columns:
             raise ValueError(
                 f"{name_or_path} ({split}) has no column {text_column!r}; it has {columns}: "
-                "say which of them with text_column"
+                "pass one of them as text_column"
             )
     if streaming:
         return {split: part.select_columns([text_column]) for split, part in documents.items()}
@@ -157,25 +145,25 @@ def load_documents(
 
 
 def _from_files(paths: list[Path], streaming: bool) -> tuple[dict, dict[str, str]]:
-    """The documents of each part, and what tells its files' content from any other."""
+    """The documents of each part, and a fingerprint of its files."""
     for path in paths:
         if not exists(path):
             raise FileNotFoundError(f"there is no file or folder {path}")
     found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     for file in found:
         if file.is_symlink() and not file.exists():
-            raise FileNotFoundError(f"{file} points to {file.readlink()}, which is not there")
+            raise FileNotFoundError(f"{file} is a link to {file.readlink()}, which does not exist")
     files = [file for file in found if file.is_file() and _kind(file) in READERS]
     where = ", ".join(map(str, paths))
     if not files:
-        raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
+        raise ValueError(f"{where} has no text files: add files of type {', '.join(READERS)}")
     kinds = sorted({READERS[_kind(file)] for file in files})
     if len(kinds) > 1:
-        raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
+        raise ValueError(f"{where} mixes files of several kinds ({', '.join(kinds)}): use one kind for a corpus")
     digests = {file: _checked(file) for file in files}
     held_out = [file for file in files if HELD_OUT_NAMES.intersection(re.split(r"[^a-z]+", file.stem.lower()))]
     parts = {"train": [file for file in files if file not in held_out], "validation": held_out}
-    if not parts["train"]:  # nothing but a test file is still a corpus
+    if not parts["train"]:  # a single test file is a corpus too
         parts = {"train": held_out}
     options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
     data_files = {split: [str(file) for file in part] for split, part in parts.items() if part}
@@ -183,35 +171,28 @@ def _from_files(paths: list[Path], streaming: bool) -> tuple[dict, dict[str, str
         documents = load_dataset(kinds[0], data_files=data_files, streaming=streaming, **options)
     except (DatasetGenerationError, FileNotFoundError) as error:
         if gone := [str(file) for file in files if not file.exists()]:
-            raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was being read") from error
+            raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was read") from error
         raise ValueError(f"{where} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
     return documents, {split: _digest(kinds, [digests[file] for file in part]) for split, part in parts.items()}
 
 
 def _from_hub(name: str, subset: str | None, streaming: bool) -> dict:
-    check_there(name)
-    if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
-        try:
-            HfApi().dataset_info(name, timeout=5)
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{name!r} is no local file or folder, and the hub could not be asked for a data set of that name "
-                f'({type(error).__name__}). Pass a folder of txt, jsonl or parquet files, or "embedded".'
-            ) from error
+    cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists()
+    check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=5), "data set")
     found = load_dataset(name, subset, streaming=streaming)
     return {split: found[split] for split in ("train", "validation") if split in found}
 
 
 def _kind(file: Path) -> str:
-    """The ending that says how a file is read, in small letters; that of a compression comes after it."""
+    """The lower-case suffix that determines the reader, without that of a compression."""
     name = Path(file.stem) if file.suffix.lower() in COMPRESSED else file
     return name.suffix.lower()
 
 
 def _checked(file: Path) -> str:
-    """What tells the file's content from any other. Raises ValueError for a file that is empty, broken or not UTF-8."""
+    """SHA-256 of the decompressed file. Raises ValueError for a file that is empty, damaged or not UTF-8."""
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
+        raise ValueError(f"{file} is empty: remove it from the corpus")
     digest, is_text = hashlib.sha256(), _kind(file) != ".parquet"
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     try:
@@ -223,14 +204,14 @@ def _checked(file: Path) -> str:
                 done += len(chunk)
     except UnicodeDecodeError as error:
         byte = done - held_back + error.start
-        raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
+        raise ValueError(f"{file} is not UTF-8 text: byte {byte} ({error.reason}). Convert it to UTF-8") from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{file} cannot be read to its end: {error}") from error
+        raise ValueError(f"{file} cannot be read to its end: {error}. Restore or remove it") from error
     return digest.hexdigest()
 
 
 def _decompressed(file: Path) -> Iterator[bytes]:
-    """The file's content. Raises an error of its compression, or EOFError, where that does not come to its end."""
+    """Chunks of the file. Raises EOFError or an error of the compression for a truncated file."""
     if file.suffix.lower() != ".zst":
         with fsspec.open(str(file), "rb", compression="infer") as stream:
             yield from iter(lambda: stream.read(1 << 22), b"")
@@ -238,8 +219,8 @@ def _decompressed(file: Path) -> Iterator[bytes]:
     try:
         import zstandard
     except ModuleNotFoundError as error:
-        raise ValueError(f'{file} needs a package to be read: pip install "hdlib[zst]"') from error
-    frame = zstandard.ZstdDecompressor().decompressobj()  # its streams take any end for a good one
+        raise ValueError(f'{file} needs the package zstandard: pip install "hdlib[zst]"') from error
+    frame = zstandard.ZstdDecompressor().decompressobj()  # the package's streams accept a truncated file
     with file.open("rb") as stream:
         for chunk in iter(lambda: stream.read(1 << 20), b""):
             while chunk:
@@ -250,7 +231,7 @@ def _decompressed(file: Path) -> Iterator[bytes]:
                     raise EOFError(str(error)) from error
                 chunk = frame.unused_data
     if not frame.eof:
-        raise EOFError("the last frame is cut off")
+        raise EOFError("the last frame is truncated")
 
 
 def _digest(*parts) -> str:
@@ -264,9 +245,9 @@ def _pack(
     text_column: str,
     causal: bool,
 ) -> Dataset:
-    """Documents to blocks [CLS] tokens [SEP], the documents separated by [SEP] inside them.
+    """Pack documents into blocks [CLS] tokens [SEP], with [SEP] between documents.
 
-    Causal models read the stream as it comes, with the end-of-text token between documents.
+    For causal models: the plain stream of tokens, with the end-of-text token between documents.
     """
     frame = ([], []) if causal else ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
     between = tokenizer.sep_token_id
@@ -274,12 +255,12 @@ def _pack(
         between = tokenizer.eos_token_id
     if between is None or None in frame[0]:
         raise ValueError(
-            "the tokenizer has no token to put between documents: "
+            "the tokenizer has no separator for documents: "
             + ("causal text needs eos_token or sep_token" if causal else "masked text needs cls_token and sep_token")
         )
     room = length - len(frame[0]) - len(frame[1])
     recipe = (tokenizer.backend_tokenizer.to_str(), length, text_column, frame, between, TOGETHER, PART, RECIPE)
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, so that the tokenizer stays as it is
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy keeps the original unchanged
     encoder.no_truncation(), encoder.no_padding()
 
     def pack(texts: list[str | None]) -> dict[str, np.ndarray]:
@@ -294,10 +275,10 @@ def _pack(
     cache.mkdir(parents=True, exist_ok=True)
     made, count = [], None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
     bar = tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2)
-    with bar, _without_bars():
+    with bar, _one_progress_bar():
         for identity, part in _parts(documents, text_column):
             name = _digest(identity, recipe)
-            with FileLock(cache / f"{name}.lock"):  # the first of several processes makes them
+            with FileLock(cache / f"{name}.lock"):  # one of several processes packs, the others wait
                 blocks = part.map(
                     pack,
                     batched=True,
@@ -310,12 +291,12 @@ def _pack(
             made.append(blocks)
             bar.update(len(part))
     if not made:
-        raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
+        raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out")
     return concatenate_datasets(made)
 
 
 def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -> Iterator[tuple[tuple, Dataset]]:
-    """Documents a part at a time, each with what tells it from any other."""
+    """Parts of the documents, each with its identity for the cache."""
     for several in documents:
         if isinstance(several, IterableDataset):
             for batch in several.iter(PART_OF_STREAM):
@@ -327,19 +308,19 @@ def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """None of `datasets` for each part: one bar counts them all."""
-    hidden = are_progress_bars_disabled()
-    disable_progress_bars()
+def _one_progress_bar() -> Iterator[None]:
+    """Hide the progress bar that `datasets` shows for each part."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         if not hidden:
-            enable_progress_bars()
+            datasets.enable_progress_bars()
 
 
 def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, list]:
-    """One document in fifty; of a stream, which nobody can pick from, the first ones; of a few none."""
+    """Hold out one document in 50; of a stream the first 1,000; of fewer than 50 documents none."""
     if isinstance(documents, IterableDataset):
         return {"train": [documents.skip(FIRST_OF_STREAM)], "validation": [documents.take(FIRST_OF_STREAM)]}
     if len(documents) < HELD_OUT:
@@ -347,6 +328,6 @@ def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, list
     draws = -(-len(documents) // DRAWN_TOGETHER)
     parts = [
         documents.shard(draws, number, contiguous=False).train_test_split(1 / HELD_OUT, seed=seed + number)
-        for number in range(draws)  # each draws from the whole corpus: a few of them are as good as all
+        for number in range(draws)  # every shard spans the whole corpus
     ]
     return {"train": [part["train"] for part in parts], "validation": [part["test"] for part in parts]}
