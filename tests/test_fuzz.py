@@ -1,4 +1,4 @@
-"""Whatever stands in a configuration: a run, or one paragraph that names what is wrong. No traceback, no hang."""
+"""Any configuration gives a run, or one paragraph that names what is wrong: no traceback, no hang."""
 
 import math
 import os
