@@ -225,9 +225,9 @@ def forward(
     with recording(model), eager or nullcontext():
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
     attentions = tuple(eager.layers) if eager else outputs.attentions
-    states = (
-        outputs.last_hidden_state if positions is None else outputs.last_hidden_state[positions]
-    )  # (B, S, D) or (N, D)
+    states = outputs.last_hidden_state  # (B, S, D)
+    if positions is not None:
+        states = states[positions]  # (N, D)
     logits = LogitsInPieces(states, partial(head, model), model.config.vocab_size)
     if positions is None or not in_pieces or len(logits.slices) == 1:
         logits = head(model, states)
