@@ -32,11 +32,11 @@ class DistillConfig:
     batch_size: int = option(32, "B, blocks per step over all processes", least=1)
     micro_batch_size: int = option(0, "blocks per forward pass; gradients add up; 0: all blocks of a process", least=0)
     target: float | Widths | dict = option(0.29, "fraction of every width to keep, or the shape to reach")  # noqa: RUF009
-    multiple_of: int = option(1, "hidden and feed-forward widths are rounded to multiples of it; 16 is fast", least=1)
+    multiple_of: int = option(1, "divides hidden and feed-forward widths, except a given target's; 16 is fast", least=1)
     initial: str = option("teacher", "student at step 0: a copy of the teacher, or random weights of the target shape")
 
-    # Pruning
-    schedule: str = option("cubic", "course of the kept fraction: cubic, linear or one_shot")
+    # Pruning, from step t_i to step t_f
+    schedule: str = option("cubic", "how the kept fraction falls: cubic, linear or one_shot")
     prune_start: float = option(0.05, "t_i as a fraction of the steps")
     prune_end: float = option(0.70, "t_f as a fraction of the steps")
     prune_every: int = option(10, "steps between two prunes", least=1)
@@ -44,7 +44,7 @@ class DistillConfig:
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
     masked: bool = option(False, "mask neurons during training and remove them at the end (the dense baseline)")
     recover: bool = option(False, "masked neurons may return until t_f; implies masks")
-    scope: str = option("local", "local: same quota in every layer; global: one ranking of all layers, under masks")
+    scope: str = option("local", "local: the same quota in every layer; global: one ranking of all layers, with masks")
 
     # Loss
     mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")

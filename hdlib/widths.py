@@ -95,7 +95,7 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
             raise UnsupportedArchitecture(
                 f"parameter {name} of shape {tuple(parameter.shape)} has no row in the table of "
                 f"{model.config.model_type!r}: an adapter must be merged, a quantised, sharded or altered model "
-                "restored to its stock form. Declare parts of the architecture in hdlib/families.py."
+                "restored to its stock form. If it is part of the architecture, declare it in hdlib/families.py."
             )
         sizes = zip(row, parameter.shape, strict=True)
         named[name] = tuple(_axis(model, declared, name, kinds, length) for kinds, length in sizes)
