@@ -98,7 +98,7 @@ IMPOSSIBLE = {
     "too few steps": ({"steps": 3, "prune_start": 0.5, "prune_end": 0.55}, "lies between them; raise steps"),
     "no such multiple": ({"multiple_of": 1000}, "no multiple of 1000 at or below"),
     "blocks too long": ({"length": 136}, "blocks have 136 tokens, the teacher only 128 positions"),
-    "a teacher that is not there": ({"teacher": "./no/<teacher>"}, "there is no folder ./no/<teacher>"),
+    "a teacher that is not there": ({"teacher": "./no/<teacher>"}, "there is no file or folder ./no/<teacher>"),
     "a corpus that is not there": ({"corpus": "/no/<corpus>"}, "there is no file or folder /no/<corpus>"),
     "no teacher": ({"teacher": " "}, "teacher ' ' is not a name: enter embedded, a local folder"),
     "no folder": ({"run_dir": ""}, "run_dir '' is not a name"),
@@ -124,7 +124,7 @@ def test_an_impossible_choice_gives_a_message_and_starts_nothing(widget, name, c
 
 def test_a_folder_that_holds_no_model_and_a_family_without_a_table(widget, tmp_path):
     choose(widget, teacher=str(tmp_path))
-    assert "no config of a model could be read" in widget.alt and widget.buttons["measure"].disabled
+    assert "no language model could be read from" in widget.alt and widget.buttons["measure"].disabled
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     choose(widget, teacher=f"{tmp_path}/")
     assert "no width groups are declared for the architecture 't5'" in widget.alt

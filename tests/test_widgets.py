@@ -179,7 +179,7 @@ BROKEN = {
     _damaged_neurons: "neurons",
     _unfinished: "Last recorded step: 4 of 12",
     _only_begun: "Nothing has been recorded",
-    _nothing: "holds no run.json",
+    _nothing: "no run.json",
 }
 
 

@@ -77,7 +77,7 @@ class Chooser(Shown):
         options = {field.name: field for field in fields(DistillConfig)} | PLACES
         self.controls = {name: _control(name, options[name]) for names in GROUPS.values() for name in names}
         self.controls["run_dir"].value = str(Path(folder) / "chosen")
-        tooltip = "{}: width of the student; 0: as the teacher, or what follows from the other widths"
+        tooltip = "width of the student: {}; 0: as the teacher, or what follows from the other widths"
         self.widths = {name: _control(name, option(0, tooltip.format(label))) for name, label in WIDTHS.items()}
         self.by = _control("target is", option(FRACTION, "fraction of the teacher's widths, or each width on its own"))
         self.buttons, self.process = {}, None
@@ -127,7 +127,7 @@ class Chooser(Shown):
         sizes["student / teacher"] = sizes["student"] / sizes["teacher"]
         self.sizes = sizes.loc[list(ROWS)].rename(index=ROWS)
         self.config, self.configuration = config, places | {"length": length} | config.to_dict()
-        title = f"Student of {places['teacher']}; GFLOP of one forward pass of {length} tokens, without the head"
+        title = f"Student of {places['teacher']}; GFLOP: one forward pass of {length} tokens, without the head"
         self.table.value = table(self.sizes, title)
         figure = plot_schedule(config, teacher)
         plt.close(figure)
