@@ -177,7 +177,7 @@ command.main()
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     waiting = folder / "cells" / "arms=slow,seeds=1.unfinished" / "log.txt"
-    for _ in range(600):
+    for _ in range(3000):  # imports and a kernel take minutes on a busy machine
         if (folder / "cells" / "arms=better,seeds=1").is_dir() and waiting.exists() and kernels(tmp_path):
             break
         time.sleep(0.1)
