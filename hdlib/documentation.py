@@ -116,8 +116,7 @@ def write(rows: list[tuple[str, str, int, str]], folder: Path) -> None:
     table = table[~(words.str[:8] + words.str[-8:]).str.join(" ").duplicated()]
     if (size := sum(len(text.encode()) for text in table["text"])) < MINIMUM_BYTES:
         raise RuntimeError(
-            f"The documentation installed here holds {size:,} bytes of English prose, less than the minimum of "
-            f"{MINIMUM_BYTES:,}. Pass the path of a local corpus instead."
+            f"the installed documentation has {size:,} bytes of prose, fewer than {MINIMUM_BYTES:,}: pass a local corpus"
         )
     table = table.groupby(["package", "source", "number"])["text"].agg("\n\n".join).reset_index()
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in table["package"] + "/" + table["source"]]
@@ -155,8 +154,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 def is_english(paragraph: str) -> bool:
     """Whether these are whole sentences of English, and neither a licence nor an enumeration."""
-    letters = re.findall(r"[a-z]+", paragraph.lower())
-    words, common = len(letters), len(COMMON.findall(paragraph.lower()))
-    is_text = sum(map(len, letters)) >= 0.88 * len(paragraph.replace(" ", ""))
-    is_whole = re.fullmatch(r"[A-Z0-9\"'(].*[.!?:][\"')]*", paragraph)
-    return bool(words >= 8 and common >= max(3, words / 5) and is_text and is_whole)
+    words = re.findall(r"[a-z]+", paragraph.lower())
+    is_text = sum(map(len, words)) >= 0.88 * len(paragraph.replace(" ", ""))
+    is_whole = len(words) >= 8 and re.fullmatch(r"[A-Z0-9\"'(].*[.!?:][\"')]*", paragraph)
+    return bool(is_text and is_whole and len(COMMON.findall(paragraph.lower())) >= max(3, len(words) / 5))
