@@ -116,7 +116,7 @@ def write(rows: list[tuple[str, str, int, str]], folder: Path) -> None:
     table = table[~(words.str[:8] + words.str[-8:]).str.join(" ").duplicated()]
     if (size := sum(len(text.encode()) for text in table["text"])) < MINIMUM_BYTES:
         raise RuntimeError(
-            f"the installed documentation has {size:,} bytes of prose, fewer than {MINIMUM_BYTES:,}: pass a local corpus"
+            f"the installed documentation has {size:,} bytes of prose, fewer than {MINIMUM_BYTES:,}: use a local corpus"
         )
     table = table.groupby(["package", "source", "number"])["text"].agg("\n\n".join).reset_index()
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in table["package"] + "/" + table["source"]]
