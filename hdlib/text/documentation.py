@@ -1,7 +1,6 @@
-"""An English corpus made of the documentation that every installation has on its disk.
+"""An English corpus made of the documentation on this machine: docstrings, and the topics of `pydoc_data`.
 
-The sources are the docstrings of the standard library and of the packages that hdlib requires, and the language
-reference in `pydoc_data.topics`. They are parsed, not imported, and only running prose is kept.
+The files of the standard library and of the packages that hdlib requires are parsed, not imported.
 """
 
 import ast
@@ -25,19 +24,8 @@ from tqdm.auto import tqdm
 
 RECIPE = 2  # raise it when a change in this file changes the text
 MINIMUM_BYTES = 8_000_000
-VALIDATION_PERCENT = 4  # of the modules
-PACKAGES = (
-    "accelerate",
-    "datasets",
-    "ipywidgets",
-    "jupyterlab",
-    "matplotlib",
-    "papermill",
-    "scikit-learn",
-    "transformers",
-)
+PACKAGES = ["accelerate", "datasets", "ipywidgets", "jupyterlab", "matplotlib", "scikit-learn", "transformers"]
 NOT_READ = {"test", "tests", "idle_test", "_vendor", "_vendored", "site-packages", "dist-packages"}
-
 MARKUP = {  # pattern: replacement
     r"(?m)^ *(?:(?:[^\w\n]|_)+|[*`\w., ]{1,60} :(?: .*)?)$": "",  # a line without letters, or with a name and its type
     r"(?m)::$": ":",
@@ -49,84 +37,35 @@ MARKUP = {  # pattern: replacement
 ITEM = re.compile(  # a bullet or number; then :param count: or count (int):
     r"(?:(?:[-*+•]|\(?(?:\d{1,2}|[a-zA-Z])[.)])\s+)?(?::[^:]+:(?:\s+|$)|\*{0,2}[\w.]+(?:\s*\(.*?\))?\s*:(?:\s+|$))?"
 )
-CODE = re.compile(r"://|www\.|[\\{}`|$<>=]|%[(sdrf]")
-COMMON = [
-    "a",
-    "an",
-    "and",
-    "are",
-    "as",
-    "at",
-    "be",
-    "but",
-    "by",
-    "can",
-    "do",
-    "does",
-    "for",
-    "from",
-    "has",
-    "have",
-    "if",
-    "in",
-    "is",
-    "it",
-    "its",
-    "may",
-    "must",
-    "not",
-    "of",
-    "on",
-    "one",
-    "only",
-    "or",
-    "other",
-    "should",
-    "that",
-    "the",
-    "their",
-    "them",
-    "these",
-    "they",
-    "this",
-    "to",
-    "use",
-    "used",
-    "was",
-    "we",
-    "when",
-    "where",
-    "which",
-    "will",
-    "with",
-    "you",
-    "your",
-]
+NO_PROSE = re.compile(r"://|www\.|[\\{}`|$<>=]|%[(sdrf]|(?i:copyright|licen[sc]e|warrant|redistribut)")
+COMMON = re.compile(
+    r"\b(?:an?|and|are|as|at|be|but|by|can|do|does|for|from|ha[sv]e?|if|in|is|its?|may|must|not|of|on|one|only|or|other"
+    r"|should|that|the|their|them|these|they|this|to|used?|was|we|when|where|which|will|with|you|your)\b"
+)
 
 
 def gather(cache_dir: Path | None = None) -> Path:
-    """Return the folder with the corpus, `train.parquet` and `validation.parquet`. The first call makes it.
+    """Return the folder with `train.parquet` and `validation.parquet`. The first call makes it.
 
     Columns: `text` (one docstring, an empty line between paragraphs), `package`, and `source`, the module's name.
-    The folder is in `cache_dir` (default: $HDLIB_CACHE, else ~/.cache/hdlib). Its name depends on `RECIPE` and the
-    versions of Python and of the packages. Raises RuntimeError for less than `MINIMUM_BYTES` bytes of prose.
+    The folder is in `cache_dir` (default: $HDLIB_CACHE, else ~/.cache/hdlib); its name depends on the versions of
+    Python and of the packages. Raises RuntimeError for less than `MINIMUM_BYTES` bytes of prose.
     """
     cache = Path(cache_dir or os.environ.get("HDLIB_CACHE") or Path.home() / ".cache" / "hdlib")
     packages = required(PACKAGES)
-    facts = RECIPE, platform.python_version(), sorted((package.name, package.version) for package in packages)
+    facts = RECIPE, platform.python_version(), sorted((name, each.version) for name, each in packages.items())
     folder = cache / f"documentation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             files = sources(packages)
             with ProcessPoolExecutor(initializer=gc.disable) as pool:  # syntax trees contain no cycles
-                found = tqdm(pool.map(read, files, chunksize=16), total=len(files), desc="gathering text", unit="file")
+                found = tqdm(pool.map(read, *zip(*files, strict=True), chunksize=16), "gathering text", len(files))
                 write([row for rows in found for row in rows], folder)
     return folder
 
 
-def required(names: Iterable[str]) -> list[metadata.Distribution]:
-    """The installed distributions of these names and all that they require."""
+def required(names: Iterable[str]) -> dict[str, metadata.Distribution]:
+    """The installed distributions of these names and all that they require, by name."""
     found, pending = {}, list(names)
     for name in map(canonicalize_name, pending):  # the list grows meanwhile
         installed = next(iter(metadata.distributions(name=name)), None)  # None: required on other platforms only
@@ -134,15 +73,14 @@ def required(names: Iterable[str]) -> list[metadata.Distribution]:
             found[name] = installed
             needs = map(Requirement, installed.requires or [])
             pending += [each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
-    return list(found.values())
+    return {package.name: package for package in found.values()}
 
 
-def sources(packages: Iterable[metadata.Distribution]) -> list[tuple[str, str, Path]]:
+def sources(packages: dict[str, metadata.Distribution]) -> list[tuple[str, str, Path]]:
     """(package, module, path) of the Python files of the standard library and of the packages, sorted."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [("python", path.relative_to(library), path) for path in library.rglob("*.py")]
-    for package in packages:
-        name = package.name  # parses the metadata anew each time
+    for name, package in packages.items():
         files += [(name, Path(file), Path(file.locate())) for file in package.files or []]
     return sorted(
         (package, ".".join(file.with_suffix("").parts).removesuffix(".__init__"), path)
@@ -151,9 +89,8 @@ def sources(packages: Iterable[metadata.Distribution]) -> list[tuple[str, str, P
     )
 
 
-def read(source: tuple[str, str, Path]) -> list[tuple[str, str, int, str]]:
+def read(package: str, module: str, path: Path) -> list[tuple[str, str, int, str]]:
     """(package, module, number, paragraph) of each docstring and each other string of several lines in a file."""
-    package, module, path = source
     try:
         with warnings.catch_warnings(action="ignore"):  # invalid escapes
             nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
@@ -165,7 +102,7 @@ def read(source: tuple[str, str, Path]) -> list[tuple[str, str, int, str]]:
         if isinstance(value, ast.Constant):
             if isinstance(value.value, str) and (value is not node or "\n" in value.value):
                 rows += [(package, module, number, paragraph) for paragraph in prose(value.value)]
-        elif isinstance(node, ast.Module | ast.stmt) or getattr(node, "lineno", 0) < getattr(node, "end_lineno", 0):
+        elif isinstance(node, (ast.Module, ast.stmt)) or getattr(node, "lineno", 0) < getattr(node, "end_lineno", 0):
             nodes += ast.iter_child_nodes(node)
     return rows
 
@@ -179,12 +116,11 @@ def write(rows: list[tuple[str, str, int, str]], folder: Path) -> None:
     table = table[~(words.str[:8] + words.str[-8:]).str.join(" ").duplicated()]
     if (size := sum(len(text.encode()) for text in table["text"])) < MINIMUM_BYTES:
         raise RuntimeError(
-            f"The documentation installed here has too little English prose: {size:,} bytes, at least "
-            f"{MINIMUM_BYTES:,} are needed. Pass the path of a local corpus instead."
+            f"the installed documentation has {size:,} bytes of prose, fewer than {MINIMUM_BYTES:,}: use a local corpus"
         )
     table = table.groupby(["package", "source", "number"])["text"].agg("\n\n".join).reset_index()
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in table["package"] + "/" + table["source"]]
-    held_out = pd.Series([int(digest[:8], 16) % 100 < VALIDATION_PERCENT for digest in digests])
+    held_out = pd.Series([int(digest[:8], 16) % 100 < 4 for digest in digests])  # 4 % of the modules
     draft = folder.with_suffix(".draft")
     draft.mkdir(exist_ok=True)
     for name, part in {"train": table[~held_out], "validation": table[held_out]}.items():
@@ -199,7 +135,7 @@ def prose(text: str) -> Iterator[str]:
         text = re.sub(pattern, replacement, text)
     for paragraph in paragraphs(text):
         sentences = re.split(r"(?<=[.!?]) (?=[^a-z])", paragraph)
-        if is_english(plain := " ".join(each for each in sentences if not CODE.search(each))):
+        if is_english(plain := " ".join(each for each in sentences if not NO_PROSE.search(each))):
             yield plain
 
 
@@ -209,8 +145,6 @@ def paragraphs(text: str) -> Iterator[str]:
     for line in [*text.splitlines(), ""]:
         bare, depth = " ".join(line.split()), len(line) - len(line.lstrip())
         item = ITEM.match(bare).end()
-        if depth == margin and joined and not in_list and not bare.startswith(("-", "*", "+", ":")):
-            item = 0  # a colon or a number in running text
         if joined and bare and not item and (depth == margin or (in_list and depth > margin)):
             joined, margin = f"{joined} {bare}", depth
         else:
@@ -221,8 +155,6 @@ def paragraphs(text: str) -> Iterator[str]:
 def is_english(paragraph: str) -> bool:
     """Whether these are whole sentences of English, and neither a licence nor an enumeration."""
     words = re.findall(r"[a-z]+", paragraph.lower())
-    common = sum(word in COMMON for word in words)
-    letters = sum(map(len, words)) >= 0.88 * len(paragraph.replace(" ", ""))
-    whole = re.fullmatch(r"[A-Z0-9\"'(].*[.!?:][\"')]*", paragraph)
-    legal = re.search(r"(?i)copyright|licen[sc]e|warrant|redistribut", paragraph)
-    return bool(len(words) >= 8 and common >= max(3, len(words) / 5) and letters and whole and not legal)
+    is_text = sum(map(len, words)) >= 0.88 * len(paragraph.replace(" ", ""))
+    is_whole = len(words) >= 8 and re.fullmatch(r"[A-Z0-9\"'(].*[.!?:][\"')]*", paragraph)
+    return bool(is_text and is_whole and len(COMMON.findall(paragraph.lower())) >= max(3, len(words) / 5))
