@@ -708,7 +708,7 @@ def test_downstream_imports_nothing_of_the_method_but_the_documentation():
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 2:
-                assert node.module == "documentation", f"{path.name} imports {node.module}"
+                assert node.module == "text.documentation", f"{path.name} imports {node.module}"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not any(name.split(".")[0] == "hdlib" for name in names), path.name
