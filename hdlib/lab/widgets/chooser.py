@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ...config import CHOICES, DistillConfig, option
-from ...corpus import SHORTEST, check_there
-from ...models import check_length, language_model_class, shape_of
+from ...corpus import SHORTEST
+from ...models import check_length, check_reachable, language_model_class, shape_of
 from ...narrowing import empty_stock_model
 from ...widths import Widths
 from ..cost import flops, parameters, project
@@ -121,7 +121,7 @@ class Chooser(Shown):
             values["target"] = Widths(**{name: control.value or None for name, control in self.widths.items()})
         config, teacher = DistillConfig(**values), self._teacher(places["teacher"])
         check_length(length, teacher)
-        check_there(places["corpus"])
+        check_reachable(places["corpus"], False, lambda: None, "data set")
         shapes = {"teacher": Widths.of(teacher), "student": config.shape(teacher)}
         sizes = pd.DataFrame({name: self._size(teacher, shape, length) for name, shape in shapes.items()})
         sizes["student / teacher"] = sizes["student"] / sizes["teacher"]
