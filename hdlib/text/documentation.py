@@ -134,7 +134,7 @@ def prose(text: str) -> Iterator[str]:
     for pattern, replacement in MARKUP.items():
         text = re.sub(pattern, replacement, text)
     for paragraph in paragraphs(text):
-        sentences = re.split(r"(?<=[.!?]) (?=[^a-z])", paragraph)
+        sentences = re.split(r"(?<=[.!?])(?<![ie]\.[eg]\.) (?=[^a-z])", paragraph)
         if is_english(plain := " ".join(each for each in sentences if not NO_PROSE.search(each))):
             yield plain
 
