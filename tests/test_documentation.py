@@ -152,7 +152,7 @@ def test_prose_has_no_markup(marked, plain):
 
 
 def test_only_the_sentence_with_an_address_or_a_formula_is_dropped():
-    text = "The text has sentences, i.e. URLs go. See the one at https://python.org for more. The last is kept. It is x=3."
+    text = "The text has sentences, i.e. URLs go. See https://python.org for the rest. The last is kept. It is x=3."
     assert list(prose(text)) == ["The text has sentences, i.e. URLs go. The last is kept."]
 
 
