@@ -1,7 +1,7 @@
-"""Token blocks and masked batches. B batch, S tokens, N blocks.
+"""Blocks of tokens to batches with labels.
 
-The batch of step t is a pure function of (seed, t): a resumed run reads the batches of the uninterrupted one, and
-several processes split the batch of a single one. `hdlib.text.corpus` makes blocks from text.
+The batch of step t is a pure function of (seed, t): a resumed run reads the same batches as an uninterrupted one, and
+N processes divide the batch of one process among them. `corpus` makes the blocks from text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .losses import IGNORED
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Blocks of S tokens as arrays, in memory or memory-mapped, without `datasets`.
+    """Blocks of S tokens as arrays, in memory or memory-mapped.
 
     Args:
         input_ids: (N, S), tensor or array of integers.
@@ -43,7 +43,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def as_blocks(blocks):
-    """Blocks in the form that the loop reads: an array (N, S) as `Blocks`, a `datasets.Dataset` in torch format."""
+    """Return `Blocks` for an array (N, S); set a `datasets.Dataset` to the format of tensors."""
     if isinstance(blocks, Tensor | np.ndarray):
         return Blocks(blocks)
     return blocks if isinstance(blocks, Blocks) else blocks.with_format("torch")
@@ -51,9 +51,10 @@ def as_blocks(blocks):
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's masking: 15 % of the tokens are labelled; 80 % of them become [MASK], 10 % a random token, 10 % stay.
+    """BERT's masking: 15 % of the tokens are to be predicted; 80 % of these become [MASK], 10 % a random token.
 
-    Every block has the same number of labels, so the mean over equal shares of a batch is the mean over the batch.
+    Every block has the same number of masked tokens. The mean over N equal parts of a batch is therefore the mean
+    over the batch.
     """
 
     mask_token_id: int
@@ -66,45 +67,38 @@ class Masking:
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids), probability)
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Token ids (B, S) to masked ids (B, S) and labels (B, S), -100 where nothing is predicted."""
+        """(B, S) token ids to masked ids and labels, both (B, S); labels are -100 at positions not to be predicted."""
         special = torch.isin(input_ids, torch.tensor(self.special_ids))  # (B, S)
         count = max(1, round(self.probability * input_ids.shape[1]))
-        draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)  # special ones last
+        draw = torch.rand(input_ids.shape, generator=generator).masked_fill(special, 2.0)  # special tokens last
         chosen = torch.zeros_like(special).scatter(1, draw.argsort(1)[:, :count], True) & ~special
         labels = input_ids.where(chosen, IGNORED)
-        fate = torch.rand(input_ids.shape, generator=generator)  # (B, S): < 0.8 mask, < 0.9 replace, else keep
+        fate = torch.rand(input_ids.shape, generator=generator)  # (B, S): < 0.8 mask, < 0.9 replace
         random_ids = torch.randint(self.vocab_size, input_ids.shape, generator=generator)
         masked = input_ids.where(~(chosen & (fate < 0.9)), random_ids)
         return masked.masked_fill(chosen & (fate < 0.8), self.mask_token_id), labels
 
 
 class NextToken:
-    """Causal language modelling: the label of each token is the next one."""
+    """Causal language modelling: the label of each token is the next token."""
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Token ids (B, S) to the same ids and labels (B, S), -100 at the end of each block."""
+        """(B, S) token ids to the same ids and labels, (B, S); the last label of a block is -100."""
         return input_ids, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """Item t is the batch of step t, a pure function of (seed, t).
+    """Item t is the batch of step t.
 
     Args:
         blocks: training blocks with `input_ids`.
-        task: Masking or NextToken.
+        task: makes inputs and labels of the blocks.
         batch_size: B, blocks a step over all processes.
-        seed: of order and masks; each epoch has its own order.
-        share: (rank, processes): this process reads every processes-th block of the batch.
+        seed: of order and masks. Every epoch has another order.
+        share: (rank, processes): this process gets every processes-th block of the batch.
     """
 
-    def __init__(
-        self,
-        blocks,
-        task: Masking | NextToken,
-        batch_size: int,
-        seed: int,
-        share: tuple[int, int] = (0, 1),
-    ):
+    def __init__(self, blocks, task: Masking | NextToken, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
         self.blocks, self.task, self.batch_size, self.seed = as_blocks(blocks), task, batch_size, seed
         self.rank, self.processes = share
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
@@ -114,23 +108,23 @@ class TrainingBatches(torch.utils.data.Dataset):
         indices = [self._index(first + i) for i in range(self.batch_size)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         input_ids, labels = self.task(self.blocks[indices]["input_ids"], generator)
-        mine = slice(self.rank, None, self.processes)
-        return {"input_ids": input_ids[mine], "labels": labels[mine]}
+        own = slice(self.rank, None, self.processes)
+        return {"input_ids": input_ids[own], "labels": labels[own]}
 
     def _index(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.blocks))
+        epoch, offset = divmod(position, len(self.blocks))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.blocks), generator=generator))
-        return int(self._order[1][index])
+        return int(self._order[1][offset])
 
 
 def micro_batches(
     batch: dict[str, Tensor], size: int, device: torch.device | str
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Micro-batches of `size` blocks (0: all), each moved to the device in turn, with its weight in the batch.
+    """(micro_batch, weight) for every `size` blocks (0: all) of a batch; the weight is its fraction of the batch.
 
-    Every block has the same number of labels, so weighted means over micro-batches are means over the batch.
+    All blocks have equally many labels, so the weighted sum of the means over micro-batches is the mean over the batch.
     """
     blocks = len(batch["input_ids"])
     for start in range(0, blocks, size or blocks):
@@ -139,7 +133,7 @@ def micro_batches(
 
 
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-    """Blocks in order as batches of (B, S) tensors; the last one may be smaller."""
+    """Blocks in their order as batches of (B, S) tensors; the last batch may be smaller."""
     blocks = as_blocks(blocks)
     for start in range(0, len(blocks), batch_size):
         batch = blocks[start : start + batch_size]

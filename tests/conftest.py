@@ -1,4 +1,4 @@
-"""Small real things to test with: a BERT with random weights, a WordPiece tokenizer, text in files."""
+"""Shared fixtures: a BERT with random weights, a WordPiece tokenizer, text in files, no network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--rewrite-golden", action="store_true", help="take what the notebooks find now for what they should find"
+        "--rewrite-golden", action="store_true", help="store the present results of the notebooks as the expected ones"
     )
 
 
@@ -44,7 +44,7 @@ def random_bert(positions=32, **shape) -> BertForMaskedLM:
 
 
 def random_batch(vocabulary=60, size=3, length=16, seed=1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, (B, S) each, a few positions of every row labelled."""
+    """Token ids and labels, (B, S) each; a few positions of every row are labelled."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(5, vocabulary, (size, length), generator=generator)
     labels = torch.full_like(input_ids, -100)
@@ -53,7 +53,7 @@ def random_batch(vocabulary=60, size=3, length=16, seed=1) -> tuple[torch.Tensor
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Made-up sentences with some order in them, so that there is something to learn."""
+    """Random sentences from a small vocabulary; a model can learn their statistics."""
     draw = random.Random(seed)
     return [" ".join(["the", *draw.choices(WORDS, k=draw.randint(5, 20))]) + "." for _ in range(count)]
 
@@ -85,7 +85,7 @@ def blocks(text_file, tokenizer):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Nothing in these tests may leave the machine: a connection to another host fails at once."""
+    """A connection to another host fails immediately."""
     connect = socket.socket.connect
 
     def guarded(self, address):

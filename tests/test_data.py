@@ -1,4 +1,4 @@
-"""Text to blocks, blocks to masked batches: nothing lost, nothing leaked, the same for every process."""
+"""Text to blocks and blocks to batches: complete, held-out text separate, the same for every process."""
 
 import bz2
 import gzip
@@ -59,7 +59,7 @@ def test_every_kind_of_file_gives_the_same_blocks(tmp_path, tokenizer, kind):
 
 
 class Counted:
-    """In place of Tokenizer: what is encoded, document by document."""
+    """Replaces Tokenizer; `seen` holds the documents that were encoded."""
 
     def __init__(self, monkeypatch, stop_after=None, pause=0.0):
         self.seen, self.stop_after = [], stop_after
@@ -85,14 +85,13 @@ class Counted:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """As with millions of documents: 10 are packed together, 20 make a file of the cache."""
+    """10 documents are packed together, 20 are one file of the cache."""
     monkeypatch.setattr(hdlib.text.corpus, "TOGETHER", 10)
     monkeypatch.setattr(hdlib.text.corpus, "PART", 20)
 
 
-def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer, small_parts, monkeypatch):
-    """Wherever it lies now, and not by its name: other words in the same file are read."""
-    path, seed = tmp_path / "a.txt", str(tmp_path)  # words of its own, which no other run of this test has cached
+def test_the_cache_depends_on_the_text_and_not_on_the_path(tmp_path, tokenizer, small_parts, monkeypatch):
+    path, seed = tmp_path / "a.txt", str(tmp_path)  # text that no earlier run of this test has cached
     path.write_text("\n\n".join(f"{seed} {text}" for text in sentences(70)))
     first, _ = hdlib.load_corpus(path, tokenizer, 16)
     seen = Counted(monkeypatch)
@@ -104,26 +103,26 @@ def test_text_that_was_read_before_is_known_by_what_it_says(tmp_path, tokenizer,
     assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] != first["input_ids"] and seen.seen
 
 
-def test_blocks_are_made_once_for_all_that_ask(tmp_path, tokenizer, small_parts, monkeypatch):
+def test_concurrent_calls_make_the_blocks_once(tmp_path, tokenizer, small_parts, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
-    hdlib.text.corpus.load_documents(path)  # so that both are at the blocks at once
+    hdlib.text.corpus.load_documents(path)  # cached, so that both calls reach the blocks at the same time
     counted = Counted(monkeypatch, pause=0.05)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda _: hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"], range(2))
     assert list(one) == list(two) and len(counted.seen) == len(set(counted.seen)) == 120
 
 
-def test_a_huge_corpus_is_drawn_from_in_shares_that_reach_all_of_it(tmp_path, tokenizer, monkeypatch):
-    """Nothing lost, nothing twice, one in fifty held out, and of every share from its first to its last document."""
+def test_held_out_documents_of_a_large_corpus_are_drawn_in_several_shares(tmp_path, tokenizer, monkeypatch):
+    """Every document is in one part once, one in fifty is held out, and every share spans the whole corpus."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"{number} and some words"}) + "\n" for number in range(1030)))
     documents = hdlib.text.corpus.load_documents(path)["train"]
-    at_once, whole = (
+    one_draw, whole = (
         hdlib.text.corpus._hold_out(documents, seed=3),
         documents.train_test_split(1 / hdlib.text.corpus.HELD_OUT, seed=3),
     )
-    assert [part["text"][:] for part in at_once["train"]] == [whole["train"]["text"][:]]
+    assert [part["text"][:] for part in one_draw["train"]] == [whole["train"]["text"][:]]
     train, _ = hdlib.load_corpus(path, tokenizer, 16)
     monkeypatch.setattr(hdlib.text.corpus, "DRAWN_TOGETHER", 300)
     parts = hdlib.text.corpus._hold_out(documents, seed=3)
@@ -132,15 +131,15 @@ def test_a_huge_corpus_is_drawn_from_in_shares_that_reach_all_of_it(tmp_path, to
     shares = [chosen + held_out for chosen, held_out in zip(*numbers.values(), strict=True)]
     assert sorted(chain(*shares)) == list(range(1030))
     assert all(max(share) - min(share) > 1020 for share in shares)
-    places = [[number // 4 for number in part] for part in numbers["validation"]]
-    assert places[0] != places[1], "every share is drawn from anew"
+    indices = [[number // 4 for number in part] for part in numbers["validation"]]
+    assert indices[0] != indices[1], "every share has its own draw"
     assert abs(len(hdlib.load_corpus(path, tokenizer, 16)[0]) - len(train)) <= 4
 
 
-def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_parts, monkeypatch):
+def test_an_interrupted_call_is_continued(tmp_path, tokenizer, small_parts, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(f"{tmp_path} {text}" for text in sentences(120)))
-    cut_off = Counted(monkeypatch, stop_after=55)
+    interrupted = Counted(monkeypatch, stop_after=55)
     with pytest.raises(KeyboardInterrupt):
         hdlib.load_corpus(path, tokenizer, 16)
     monkeypatch.undo()
@@ -148,13 +147,15 @@ def test_making_blocks_goes_on_where_it_was_cut_off(tmp_path, tokenizer, small_p
     monkeypatch.setattr(hdlib.text.corpus, "PART", 20)
     rest = Counted(monkeypatch)
     train, _ = hdlib.load_corpus(path, tokenizer, 16)
-    assert set(cut_off.seen[:40]).isdisjoint(rest.seen), "two whole parts are not made again"
-    assert set(cut_off.seen) | set(rest.seen) == {f"{tmp_path} {text}" for text in sentences(120)}
+    assert set(interrupted.seen[:40]).isdisjoint(rest.seen), "two complete parts are not made again"
+    assert set(interrupted.seen) | set(rest.seen) == {f"{tmp_path} {text}" for text in sentences(120)}
     monkeypatch.setattr(hdlib.text.corpus, "PART", 1000)
-    assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] == train["input_ids"], "parts change no block"
+    assert hdlib.load_corpus(path, tokenizer, 16)[0]["input_ids"] == train["input_ids"], (
+        "the blocks do not depend on the parts"
+    )
 
 
-def test_a_stream_gives_the_same_blocks_and_is_not_kept(tmp_path, tokenizer, small_parts, monkeypatch):
+def test_a_stream_gives_the_same_blocks_and_is_not_stored(tmp_path, tokenizer, small_parts, monkeypatch):
     monkeypatch.setattr(hdlib.text.corpus, "PART_OF_STREAM", 20)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "text").mkdir()
@@ -162,8 +163,8 @@ def test_a_stream_gives_the_same_blocks_and_is_not_kept(tmp_path, tokenizer, sma
         pd.DataFrame({"text": texts, "id": range(len(texts))}).to_parquet(tmp_path / "text" / f"{name}.parquet")
     streamed = hdlib.load_corpus(tmp_path / "text", tokenizer, 16, streaming=True)
     assert {path.parent.name for path in (tmp_path / "cache").rglob("*.arrow")} == {"hdlib_blocks"}
-    for ours, expected in zip(streamed, hdlib.load_corpus(tmp_path / "text", tokenizer, 16), strict=True):
-        assert ours["input_ids"] == expected["input_ids"]
+    for found, expected in zip(streamed, hdlib.load_corpus(tmp_path / "text", tokenizer, 16), strict=True):
+        assert found["input_ids"] == expected["input_ids"]
     with pytest.raises(ValueError, match="has no column 'story'"):
         hdlib.load_corpus(tmp_path / "text", tokenizer, 16, streaming=True, text_column="story")
 
@@ -179,7 +180,7 @@ def test_the_first_documents_of_a_stream_are_held_out(tmp_path, tokenizer, monke
     assert "teacher" not in tokenizer.decode([*chain(*validation["input_ids"])])
 
 
-def test_names_that_only_contain_such_a_word_are_trained_on(tmp_path, tokenizer):
+def test_files_are_held_out_by_whole_words_of_their_names(tmp_path, tokenizer):
     (tmp_path / "plain.txt").write_text("a slow neuron. " * 100)
     (tmp_path / "latest_devices.txt").write_text("the student learns. " * 200)
     (tmp_path / "part-dev-0.txt").write_text("a quick teacher. " * 100)
@@ -196,7 +197,7 @@ def test_a_list_of_files(tmp_path, tokenizer):
     assert "student" in text and "teacher" in text
 
 
-def test_files_named_so_are_held_out(tmp_path, tokenizer):
+def test_files_with_validation_in_their_names_are_held_out(tmp_path, tokenizer):
     (tmp_path / "part_1.txt").write_text("the student learns. " * 200)
     (tmp_path / "my_validation.txt").write_text("a quick teacher. " * 100)
     train, validation = hdlib.load_corpus(tmp_path, tokenizer, 16)
@@ -204,7 +205,7 @@ def test_files_named_so_are_held_out(tmp_path, tokenizer):
     assert "student" not in tokenizer.decode([*chain(*validation["input_ids"])])
 
 
-def test_masking_hides_as_bert_does(tokenizer, blocks):
+def test_masking_is_that_of_bert(tokenizer, blocks):
     masking = Masking.of(tokenizer)
     plain = torch.tensor(blocks[0][:300]["input_ids"]).repeat(20, 1)  # (B, S)
     masked, labels = masking(plain, torch.Generator().manual_seed(3))
@@ -213,12 +214,12 @@ def test_masking_hides_as_bert_does(tokenizer, blocks):
     special = torch.isin(plain, torch.tensor(tokenizer.all_special_ids))
     assert not (chosen & special).any()
     assert set(chosen.sum(1).tolist()) == {round(0.15 * 16)}
-    hidden = (masked[chosen] == tokenizer.mask_token_id).float().mean().item()
+    masks = (masked[chosen] == tokenizer.mask_token_id).float().mean().item()
     kept = (masked[chosen] == plain[chosen]).float().mean().item()
-    assert hidden == pytest.approx(0.8, abs=0.02)
+    assert masks == pytest.approx(0.8, abs=0.02)
     assert kept == pytest.approx(0.1 + 0.1 / len(tokenizer), abs=0.02)
     columns = chosen.float().mean(0)[1:-1]
-    assert columns.max() < 1.5 * columns.mean(), "every place is as likely to be masked"
+    assert columns.max() < 1.5 * columns.mean(), "every position is equally likely to be masked"
 
 
 def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
@@ -229,13 +230,13 @@ def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
     for step in (5, 0, 3):
         assert torch.equal(again[step]["input_ids"], steps[step]["input_ids"])
         assert torch.equal(again[step]["labels"], steps[step]["labels"])
-    places = {tuple((step["labels"] != -100).flatten().tolist()) for step in steps}
-    assert len(places) == 6, "every step masks other places"
+    indices = {tuple((step["labels"] != -100).flatten().tolist()) for step in steps}
+    assert len(indices) == 6, "every step masks other positions"
     other = TrainingBatches(train, Masking.of(tokenizer), batch_size=10, seed=5)
     assert not torch.equal(other[0]["input_ids"], steps[0]["input_ids"])
 
 
-def test_every_block_once_in_each_pass(tokenizer, blocks):
+def test_every_block_once_in_each_epoch(tokenizer, blocks):
     train = blocks[0].take(20)
     batches = TrainingBatches(train, Masking.of(tokenizer), batch_size=5, seed=0)
     for epoch in range(2):
@@ -246,7 +247,7 @@ def test_every_block_once_in_each_pass(tokenizer, blocks):
         assert sorted(seen) == sorted(train["input_ids"])
 
 
-def test_processes_share_out_the_same_batch(tokenizer, blocks):
+def test_processes_divide_the_batch_of_one_process(tokenizer, blocks):
     masking = Masking.of(tokenizer)
     whole = TrainingBatches(blocks[0], masking, batch_size=8, seed=1)[3]
     shares = [TrainingBatches(blocks[0], masking, 8, seed=1, share=(rank, 4))[3] for rank in range(4)]

@@ -1,4 +1,4 @@
-"""Any configuration gives a run, or one paragraph that names what is wrong: no traceback, no hang."""
+"""Any configuration gives a run or one paragraph that names the error. No traceback, no hang."""
 
 import math
 import os
@@ -15,8 +15,8 @@ from hdlib import DistillConfig
 
 from models import random_model
 
-CONFIGS = int(os.environ.get("HDLIB_FUZZ", "24"))  # HDLIB_FUZZ=1000 takes a quarter of an hour
-SECONDS = 60  # more is a hang: a good one takes less than one
+CONFIGS = int(os.environ.get("HDLIB_FUZZ", "24"))  # HDLIB_FUZZ=1000 takes 15 minutes
+SECONDS = 60  # more is a hang; a valid configuration takes less than one second
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 16, "prune_every": 1, "eval_blocks": 2, "eval_every": 4, "target": 0.5}
 GOOD = {
@@ -73,10 +73,10 @@ def places(tokenizer, text_file, tmp_path_factory):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Runs the command on a text; returns what it said instead of a run, or None."""
+    """Runs the command with this text as its file; returns the error message, or None after a run."""
 
     def hung(*_):
-        raise AssertionError(f"still busy after {SECONDS} seconds")
+        raise AssertionError(f"not finished after {SECONDS} seconds")
 
     def run(text: str) -> str | None:
         (tmp_path / "config.yaml").write_text(text)
@@ -96,8 +96,8 @@ def start(tmp_path, monkeypatch):
     return run
 
 
-def is_one_paragraph(said: str) -> None:
-    assert said.strip() and "\n\n" not in said and "Traceback" not in said and len(said) < 1500, said
+def is_one_paragraph(message: str) -> None:
+    assert message.strip() and "\n\n" not in message and "Traceback" not in message and len(message) < 1500, message
 
 
 def test_every_argument_is_tried():
@@ -115,11 +115,11 @@ def test_any_configuration_is_a_run_or_a_paragraph(seed, places, start, tmp_path
     values |= {name: draw.choice(GOOD[name]) for name in draw.sample(sorted(GOOD), draw.randint(0, 8))}
     broken = draw.sample([*sorted(GOOD), "teacher", "corpus"], draw.choice([0, 1, 1, 2]))
     values |= {name: draw.choice(BAD) for name in broken}
-    said = start(yaml.safe_dump(values, allow_unicode=True))
-    if said is None:
+    message = start(yaml.safe_dump(values, allow_unicode=True))
+    if message is None:
         assert (tmp_path / "run" / "student" / "model.safetensors").exists() or values.get("scope") == "global"
         return
-    is_one_paragraph(said)
+    is_one_paragraph(message)
     if len(broken) == 1 and not isinstance(values[broken[0]], dict):
         names = {
             "teacher": "teacher|model|folder|hub",
@@ -127,7 +127,7 @@ def test_any_configuration_is_a_run_or_a_paragraph(seed, places, start, tmp_path
             "causal": "causal|next token",
         }
         named = names.get(broken[0], broken[0].split("_")[0])
-        assert any(word in said for word in named.split("|")), (broken, values[broken[0]], said)
+        assert any(word in message for word in named.split("|")), (broken, values[broken[0]], message)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,6 @@ def test_any_configuration_is_a_run_or_a_paragraph(seed, places, start, tmp_path
     ],
 )
 def test_a_file_that_holds_no_configuration(text, start):
-    said = start(text)
-    is_one_paragraph(said)
-    assert "config.yaml" in said
+    message = start(text)
+    is_one_paragraph(message)
+    assert "config.yaml" in message

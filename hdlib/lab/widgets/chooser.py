@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ...config import CHOICES, DistillConfig, option
-from ...models import check_length, language_model_class, shape_of
+from ...models import check_length, check_reachable, language_model_class, shape_of
 from ...narrowing import empty_stock_model
-from ...text.corpus import SHORTEST, check_there
+from ...text.corpus import SHORTEST
 from ...widths import Widths
 from ..cost import flops, parameters, project
 from ..plots import WIDTHS, plot_schedule
@@ -121,7 +121,7 @@ class Chooser(Shown):
             values["target"] = Widths(**{name: control.value or None for name, control in self.widths.items()})
         config, teacher = DistillConfig(**values), self._teacher(places["teacher"])
         check_length(length, teacher)
-        check_there(places["corpus"])
+        check_reachable(places["corpus"], False, lambda: None, "data set")
         shapes = {"teacher": Widths.of(teacher), "student": config.shape(teacher)}
         sizes = pd.DataFrame({name: self._size(teacher, shape, length) for name, shape in shapes.items()})
         sizes["student / teacher"] = sizes["student"] / sizes["teacher"]
