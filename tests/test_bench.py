@@ -12,6 +12,7 @@ from experiments.bench.work import Setting, Work
 TINY = Setting("tiny", batch_size=2, length=16, turns=1)
 
 
+@pytest.mark.full
 def test_a_whole_run_counts_its_operations():
     table = whole_run.measure(TINY)
     assert (table.loc[["narrowing", "under masks"], "seconds"] > 0).all()
