@@ -2,11 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test browser lab lint clean
+.PHONY: help setup quickstart test test-full browser lab lint clean
 
 help:
 	@echo "make quickstart   install, then distil the embedded teacher; writes the executed notebook to runs/"
 	@echo "make test         install, then run the tests"
+	@echo "make test-full    all tests, among them every notebook and the assertions on time (an hour)"
 	@echo "make browser      test the notebooks in JupyterLab (needs a Chromium); screenshots in runs/browser"
 	@echo "make lab          install, then open JupyterLab on the notebooks"
 	@echo "make lint         check the code with ruff, and that notebooks have no outputs"
@@ -27,9 +28,12 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-full: setup
+	$(BIN)/python -m pytest -m "" --hypothesis-profile full
+
 browser: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
-	$(BIN)/python -m pytest tests/test_browser.py
+	$(BIN)/python -m pytest -n 0 -m browser
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -7,6 +7,7 @@ import random
 import socket
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # also of subprocesses: the workers share the cores
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from models import random_model
 logging.disable_progress_bar()
 
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", max_examples=200, derandomize=True, **_CALM)
+settings.register_profile("default", max_examples=30, derandomize=True, **_CALM)
+settings.register_profile("full", max_examples=200, derandomize=True, **_CALM)
 settings.register_profile("long", max_examples=10_000, **_CALM)
-settings.load_profile("ci")
+settings.load_profile("default")
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

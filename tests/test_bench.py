@@ -12,6 +12,7 @@ from experiments.bench.work import Setting, Work
 TINY = Setting("tiny", batch_size=2, length=16, turns=1)
 
 
+@pytest.mark.full
 def test_a_whole_run_counts_its_operations():
     table = whole_run.measure(TINY)
     assert (table.loc[["narrowing", "under masks"], "seconds"] > 0).all()
@@ -51,6 +52,7 @@ def test_students_have_the_expected_shapes_and_operations():
     assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth", "compile"]
 
 
+@pytest.mark.bench
 @pytest.mark.skipif(not which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiling_pays_off_after_the_time_of_the_first_call(monkeypatch):
     monkeypatch.setattr(compiled, "RATIOS", (0.5,))
@@ -62,10 +64,12 @@ def test_compiling_pays_off_after_the_time_of_the_first_call(monkeypatch):
     assert 20 <= row["shapes"] <= 65
 
 
+@pytest.mark.bench
 def test_a_step_needs_at_most_half_the_memory_of_the_naive_step():
     assert memory.measure(Setting("minilm")).loc["step", "of naive"] <= 0.5
 
 
+@pytest.mark.bench
 def test_memory_grows_neither_along_a_run_nor_with_the_text(monkeypatch):
     """A leak of two megabytes a step, such as a retained graph, would fail this test."""
     small = {"MEGABYTES": (1, 4), "READ": 20, "STEPS": 120, "BATCHES": (1, 2), "LENGTHS": (16, 32)}

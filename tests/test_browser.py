@@ -30,7 +30,10 @@ LARGE = {"large": 2000, "long": 100_000}  # steps of runs of a BERT-base, 12 lay
 BLUE = (0x00, 0x72, 0xB2)  # of the first curve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright, as make browser does")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")

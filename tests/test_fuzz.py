@@ -15,7 +15,7 @@ from hdlib import DistillConfig
 
 from models import random_model
 
-CONFIGS = int(os.environ.get("HDLIB_FUZZ", "80"))  # HDLIB_FUZZ=1000 takes 15 minutes
+CONFIGS = int(os.environ.get("HDLIB_FUZZ", "24"))  # HDLIB_FUZZ=1000 takes 15 minutes
 SECONDS = 60  # more is a hang; a valid configuration takes less than one second
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 16, "prune_every": 1, "eval_blocks": 2, "eval_every": 4, "target": 0.5}

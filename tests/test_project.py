@@ -75,16 +75,23 @@ def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
     return json.loads(result.read_text()), outputs
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem < "10"], ids=lambda path: path.stem)
+def notebooks(paths: list[Path]) -> list:
+    """Parameters of a test; only 00, 04 and 10 are in the default set."""
+    default = ("00", "04", "10")
+    marks = {path: () if path.stem[:2] in default else pytest.mark.notebooks for path in paths}
+    return [pytest.param(path, id=path.stem, marks=mark) for path, mark in marks.items()]
+
+
+@pytest.mark.parametrize("path", notebooks([path for path in NOTEBOOKS if path.stem < "10"]))
 def test_teaching_notebooks_run_with_their_defaults(path, tmp_path):
     result, _ = execute(path, tmp_path, runs=str(tmp_path))
     if path.stem == "00_quickstart":
         assert result["encoder_parameters_ratio"] <= 0.15
         assert result["largest_logit_difference_stock"] <= 1e-5
-        assert 0 < result["held_out_kl"] < 10 and result["step_time_ratio_after_last_prune"] < 1
+        assert 0 < result["held_out_kl"] < 10
     elif path.stem == "05_explore":
         assert result["watched_to_the_end"] and result["runs"] == 3 and result["prunes_recorded"] > 5
-        assert result["seconds_of_a_move"] < 0.3 and 0 < result["final_held_out_kl"] < 10
+        assert 0 < result["final_held_out_kl"] < 10
     elif path.stem == "03_narrowing":
         assert result["largest_difference"] <= 1e-5 and result["toy_difference"] <= 1e-6
         assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005
@@ -108,7 +115,7 @@ def ablation(path: Path, folder: Path, text_file: Path, **parameters) -> dict:
     return result
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", notebooks(ABLATIONS))
 def test_ablation_notebooks_reproduce_their_golden_numbers(path, tmp_path, text_file, request):
     """Results of training at smoke scale equal the stored ones; `--rewrite-golden` stores new ones."""
     result = ablation(path, tmp_path, text_file)
@@ -119,6 +126,7 @@ def test_ablation_notebooks_reproduce_their_golden_numbers(path, tmp_path, text_
     assert found == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
 
 
+@pytest.mark.notebooks
 def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, text_file):
     """Beside the default probe: a task in the table layout of GLUE, and a checkpoint given by its folder."""
     path = next(path for path in NOTEBOOKS if path.stem == "20_finetune")
@@ -139,12 +147,12 @@ def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, tex
     assert result["score_majority_order"] == 0.5
 
 
+@pytest.mark.notebooks
 def test_the_cost_notebook_measures_and_exports(tmp_path):
     path = next(path for path in NOTEBOOKS if path.stem == "21_cost")
     result, _ = execute(path, tmp_path / "out", runs=str(tmp_path / "runs"), results=str(tmp_path / "out"))
     assert result["largest_difference_exported"] <= 1e-5
     assert result["fewer_operations_keep_0.33"] > result["fewer_operations_keep_0.66"] > 1.5
-    assert result["speed_up_keep_0.33"] > 1
     assert (tmp_path / "runs" / "student.onnx").exists() and (tmp_path / "out" / "figure.svg").exists()
 
 
@@ -159,6 +167,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("broken", BREAKS)
 def test_golden_numbers_detect_a_broken_library(broken, tmp_path, text_file):
     path = next(path for path in ABLATIONS if path.stem.startswith("10"))
@@ -186,6 +195,7 @@ def test_the_embedded_teacher_has_the_accuracy_of_its_card():
     assert claimed["masked-token accuracy, Wikipedia"] >= 0.30
 
 
+@pytest.mark.bench
 def test_a_prune_costs_little():
     """A prune of model and optimiser at the shape of BERT-base takes at most 10 % of one forward and backward pass.
 

@@ -328,6 +328,7 @@ def test_every_widget_has_a_static_fallback(runs, tmp_path):
         assert bundle["text/plain"] == widget.alt and len(widget.alt) > 20
 
 
+@pytest.mark.bench
 def test_the_slider_is_quick_on_a_large_run(tmp_path):
     """2,000 steps of a BERT-base: 12 layers of 3,072 neurons, a hundred prunes."""
     explorer = hdlib.lab.explore(recorded_run(tmp_path / "large", steps=2000))
@@ -339,6 +340,7 @@ def test_the_slider_is_quick_on_a_large_run(tmp_path):
     assert median(seconds) < 0.3
 
 
+@pytest.mark.bench
 def test_a_very_long_run_opens_quickly(tmp_path):
     """100,000 logged steps; the best of three, because the machine may be busy."""
     run, seconds = recorded_run(tmp_path / "long", steps=100_000), []
