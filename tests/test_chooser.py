@@ -175,6 +175,7 @@ def test_exported_files_hold_the_chosen_settings(widget, name, tmp_path, text_fi
     assert widget.exported.value == "", "the files hold the previous settings"
 
 
+@pytest.mark.notebooks
 def test_the_notebook_runs_the_exported_settings(widget, tmp_path, text_file):
     places = {"corpus": str(text_file), "length": 16, "run_dir": str(tmp_path / "out" / "one")}
     chosen = {"steps": 12, "batch_size": 2, "prune_every": 2, "target": Widths(hidden=96), "scorer": "magnitude"}
