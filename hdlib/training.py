@@ -89,7 +89,7 @@ class Training:
         self.seconds += self.last_seconds
 
     def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the gradient of the mean loss over the batch of all processes. Returns this process's loss terms."""
+        """Add the gradient of the mean loss over the batch of all processes. Returns the loss terms of that batch."""
         sums: dict[str, Tensor] = {}
         for micro_batch, weight in micro_batches(batch, self.config.micro_batch_size, self.teacher.device):
             with applied(self.masks):
@@ -100,6 +100,7 @@ class Training:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad = reduce(parameter.grad, "mean")
+            sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "mean"), strict=True))
         if self.masks is not None:
             self.masks.mask_gradients()
         return sums

@@ -24,7 +24,6 @@ from reference import Doubles, masked
 RATIOS = (0.9, 0.5, 0.29)
 
 
-
 def cases() -> Iterator:
     """Every family, width and ratio; by default one width for each family and ratio, in rotation."""
     for number, name in enumerate(KINDS):
@@ -34,7 +33,6 @@ def cases() -> Iterator:
             for place, width in enumerate(widths):
                 marks = () if place == (number + turn) % len(widths) else pytest.mark.full
                 yield pytest.param(name, width, ratio, id=f"{name}-{width}-{ratio}", marks=marks)
-
 
 
 @pytest.mark.parametrize("name, width, ratio", cases())

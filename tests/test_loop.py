@@ -248,6 +248,10 @@ def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_fil
     for several in others:
         assert one.metrics["intermediate_size"].equals(several.metrics["intermediate_size"])
         assert one.kept == several.kept
+        for term in ("total", "mlm", "prediction", "hidden", "attention", "embedding"):
+            assert several.metrics[term].dropna().tolist() == pytest.approx(
+                one.metrics[term].dropna().tolist(), rel=1e-3
+            )
         for weight, tensor in weights(one).items():
             torch.testing.assert_close(weights(several)[weight], tensor, rtol=0, atol=1e-4)
 
