@@ -39,6 +39,11 @@ def pytest_addoption(parser):
 WORDS = ["a", "quick", "student", "teacher", "neuron", "layer", "width", "loss", "step", "keeps", "learns", "slow"]
 
 
+def full(*cases) -> list:
+    """Cases of a parametrised test that only the full set runs."""
+    return [pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.full) for case in cases]
+
+
 def random_bert(positions=32, **shape) -> BertForMaskedLM:
     return random_model("bert", max_position_embeddings=positions, **shape)
 

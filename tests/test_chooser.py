@@ -22,6 +22,8 @@ from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
 from hdlib.lab.widgets.chooser import FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 
+from conftest import full
+
 MODULE = sys.modules[Chooser.__module__]
 
 CHOICES = {
@@ -39,6 +41,7 @@ CHOICES = {
     "under masks": {"masked": True, "scorer": "magnitude", "precision": "float32", "eval_every": 7},
     "from scratch": {"initial": "random", "schedule": "one_shot", "learning_rate": 1e-6},
 }
+SOME = {"a shape", "whole heads"}  # in the default set
 
 
 def choose(widget, **values):
@@ -72,7 +75,7 @@ def widget(tmp_path):
         found.process.kill()
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [*sorted(SOME), *full(*sorted(CHOICES.keys() - SOME))])
 def test_the_table_shows_what_narrowing_gives(widget, name):
     choose(widget, length=64, **CHOICES[name])
     teacher, _ = hdlib.load_teacher()
@@ -148,7 +151,7 @@ def test_controls_have_the_defaults_and_descriptions_of_the_library(widget):
     assert not widget.widths["hidden"].disabled and widget.controls["target"].disabled
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [*sorted(SOME), *full(*sorted(CHOICES.keys() - SOME))])
 def test_exported_files_hold_the_chosen_settings(widget, name, tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(text_file.parent)
     folder = tmp_path / "some runs" / "third.0.33"

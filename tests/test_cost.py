@@ -19,6 +19,7 @@ from hdlib.lab.cost import course, project
 from hdlib.models import check_vocabulary
 from hdlib.widths import set_widths
 
+from conftest import full
 from models import KINDS, random_model
 
 
@@ -65,7 +66,7 @@ def test_speed_ups_are_ratios_to_the_baseline():
     assert line.get_xydata().tolist() == [[4.0, 3.0]]
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", *full("distilbert", "modernbert", "gpt2")])
 def test_a_narrowed_student_runs_as_an_exported_program(family, tmp_path):
     student = random_model(family)
     hdlib.narrow(student, hdlib.Widths.at(student, 0.5))
@@ -107,7 +108,7 @@ def forward(teacher, widths, loss_positions):
     return cost.flops(shape, 16) + 2 * loss_positions * shape.hidden_size * (shape.hidden_size + 100)
 
 
-@pytest.mark.parametrize("name, causal", [("bert", False), ("qwen3", True)])
+@pytest.mark.parametrize("name, causal", [("bert", False), *full(("qwen3", True))])
 def test_a_projection_adds_up(name, causal):
     """Operations by hand; time from steps and devices."""
     teacher = random_model(name, vocabulary=100)
