@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 
 from ...runs import Run
-from ..plots import plot_discrepancy
+from ..plots import mark_smoke, plot_discrepancy
 from ..run_figure import RunFigure
 from .explore import explore
 from .parts import Shown, alert, drawn, duration, status
@@ -41,7 +41,8 @@ class LiveFigure:
 
     def draw(self) -> None:
         """Replace the last drawing by the current state of the folder."""
-        figure = plot_discrepancy(Run.load(self.run_dir))
+        run = Run.load(self.run_dir)
+        figure = mark_smoke(plot_discrepancy(run), run.config.steps)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:
