@@ -153,7 +153,7 @@ def kernels(inside: Path) -> list[psutil.Process]:
     return mine
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_ctrl_c_keeps_finished_cells_and_the_next_start_runs_the_others(workshop, monkeypatch, tmp_path, how):
     folder = workshop({"grid": {"arms": ["better", "slow"]}, "seeds": [1]})
     script = f"""
