@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
-from hdlib import checkpoints, narrowing
+from hdlib import narrowing
 
 _setup_privateuseone_for_python_backend("shadow")
 torch.shadow.get_amp_supported_dtype = lambda: [torch.bfloat16]
@@ -131,6 +130,7 @@ def _place() -> str:
 def pretend_device(monkeypatch):
     """`hdlib.distill` runs on the device; files are written and read through the CPU, which safetensors cannot do."""
     check, save_pretrained = narrowing.check_narrowable, PreTrainedModel.save_pretrained
+    torch_save, torch_load = torch.save, torch.load
     device = PretendDevice()
 
     def check_narrowable(model, widths):
@@ -140,11 +140,12 @@ def pretend_device(monkeypatch):
     def save(model, *arguments, **options):
         save_pretrained(deepcopy(model).cpu(), *arguments, **options)
 
-    def save_tensors(tensors, path):
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+    def save_state(state, file):
+        torch_save(tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, state), file)
 
-    def load_tensors(path, device="cpu"):
-        return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    def load_state(file, map_location="cpu", **options):
+        state = torch_load(file, map_location="cpu", **options)
+        return tree_map(lambda leaf: leaf.to(map_location) if isinstance(leaf, torch.Tensor) else leaf, state)
 
     # Module.to makes new parameters of a subclass of Tensor, which cuts ties, unless it may swap them.
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
@@ -152,7 +153,7 @@ def pretend_device(monkeypatch):
     monkeypatch.setattr(Accelerator, "device", DEVICE)
     monkeypatch.setattr(narrowing, "check_narrowable", check_narrowable)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    monkeypatch.setattr(checkpoints, "save_file", save_tensors)
-    monkeypatch.setattr(checkpoints, "load_file", load_tensors)
+    monkeypatch.setattr(torch, "save", save_state)
+    monkeypatch.setattr(torch, "load", load_state)
     with device:
         yield device

@@ -10,14 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-import hdlib
 from experiments.gpu import cases
 from experiments.gpu.pack import load_pack
 from experiments.gpu.part import Part, Plan
 
 from conftest import sentences
-from pretend_device import DEVICE, pretend_device  # noqa: F401
-from test_loop import ARGUMENTS
 
 ROOT = Path(__file__).parents[1]
 MISSING = ("datasets", "papermill", "ipywidgets", "anywidget")  # where the GPU is
@@ -121,48 +118,9 @@ def test_a_wrong_number_does_not_pass():
     assert not cases.compared(item(), {"error": "out of memory"}, "float32")["passed"]
 
 
-PRETENDED = (
-    "narrowed, platon",
-    "masked, neurons return",
-    "masked, global",
-    "micro-batches",
-    "resumed, narrowed, random",
-    "resumed, masked, neurons return",
-    "grouped heads, qwen3, narrowed",
-    "discrepancy, bert",
-    "narrow with AdamW, fused, llama",
-)
-
-
-@pytest.mark.parametrize("name", PRETENDED)
-def test_no_tensors_of_two_devices_meet(name, pretend_device):  # noqa: F811
-    case = cases.cases(6)[f"float32: {name}"]
-    found = case(DEVICE)
-    assert pretend_device.waits or pretend_device.copies, "nothing ran on the device"
-    reference = {"value": case(torch.device("cpu"))} if name.startswith(("discrepancy", "narrow with")) else None
-    if reference:
-        assert cases.compared({"value": found}, reference, "float32")["passed"]
-
-
-def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
-    with pytest.raises(RuntimeError, match="CPU tensors"):
-        torch.zeros(3, device=DEVICE) + torch.zeros(3)
-    assert (torch.zeros(3, device=DEVICE) + 1).tolist() == [1.0] * 3
-    assert pretend_device.waits["outside of the library"] == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks, tmp_path, pretend_device):  # noqa: F811
-    """Device, dtype, mode, attention and requires_grad of the caller's teacher stay, though those of the run differ."""
-    teacher = teacher.to(dtype).train()
-    teacher.base_model.embeddings.requires_grad_(False)
-
-    def state() -> tuple:
-        parameters = {name: (p.dtype, p.device, p.requires_grad) for name, p in teacher.named_parameters()}
-        return parameters, teacher.training, teacher.config._attn_implementation, teacher.dtype, teacher.device
-
-    before, weights = state(), {name: parameter.clone() for name, parameter in teacher.named_parameters()}
-    run = hdlib.distill(teacher, tokenizer, *blocks, hdlib.DistillConfig(**ARGUMENTS | {"steps": 4}), tmp_path)
-    assert run.finished and state() == before
-    assert all(torch.equal(weights[name], parameter) for name, parameter in teacher.named_parameters())
-    assert teacher.device.type == "cpu" and all(parameter.grad is None for parameter in teacher.parameters())
+def test_on_the_pretend_device():
+    """Its registration affects a whole process, so these tests have one of their own."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "", str(ROOT / "tests" / "pretended.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "12 passed" in done.stdout
