@@ -120,7 +120,7 @@ def test_a_wrong_number_does_not_pass():
 
 def test_on_the_pretend_device():
     """Its registration affects a whole process, so these tests have one of their own."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "", str(ROOT / "tests" / "pretended.py")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", str(ROOT / "tests" / "pretended.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
     assert "12 passed" in done.stdout
