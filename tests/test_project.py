@@ -1,7 +1,10 @@
 """Checks of the whole project: environment, notebooks, golden numbers, the embedded teacher."""
 
 import json
+import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -203,3 +206,22 @@ def test_a_prune_costs_little():
     The median of five repetitions is compared, since other processes may slow down one of them.
     """
     assert prune.measure(Setting(turns=5)).loc["one prune", "of forward and backward"] <= 0.1
+
+
+def test_public_names_are_few_and_documented_and_moved_ones_lead_to_their_place():
+    assert len(hdlib.__all__) <= 20 and all(getattr(hdlib, name).__doc__ for name in hdlib.__all__)
+    for name in (*hdlib._MOVED, *hdlib._IN_LAB):
+        with pytest.raises(ImportError, match=rf"hdlib\.{name} has moved: use hdlib\.") as error:
+            getattr(hdlib, name)
+        assert pkgutil.resolve_name(str(error.value).rpartition(" ")[2]) is not None
+
+
+def test_the_method_imports_nothing_heavy():
+    code = """
+import sys, hdlib
+assert "torch" not in sys.modules
+hdlib.distill
+heavy = {"matplotlib", "pandas", "datasets", "pyarrow", "ipywidgets", "papermill", "sklearn"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -103,7 +103,7 @@ def cases(steps: int) -> dict[str, Callable[[torch.device], dict]]:
 
 
 def _model(name: str) -> PreTrainedModel:
-    """A small model on the CPU with random weights, of which no two neurons are alike."""
+    """A small model on the CPU with random weights; no two neurons are equal."""
     model_class, config_class, options = MODELS[name]
     widths = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
     torch.manual_seed(0)
@@ -219,8 +219,8 @@ def compared(found: dict, reference: dict, precision: str) -> dict:
     relative, absolute = TOLERANCE[precision]
     worst, where = 0.0, ""
     for name, expected in reference["near"].items():
-        for ours, theirs in zip(_list(found["near"][name]), _list(expected), strict=True):
-            share = abs(ours - theirs) / (relative * abs(theirs) + absolute)
+        for number, target in zip(_list(found["near"][name]), _list(expected), strict=True):
+            share = abs(number - target) / (relative * abs(target) + absolute)
             worst, where = max((worst, where), (share, name))
     unequal = [name for name in reference["exact"] if found["exact"][name] != reference["exact"][name]]
     alike = _alike(found.get("kept", {}), reference.get("kept", {}))

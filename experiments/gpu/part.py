@@ -63,8 +63,8 @@ class Part:
             json.dumps(value, allow_nan=False)
             self.items[name] = {"value": value}
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            self.items[name] = {"error": said[:1000], "traceback": traceback.format_exc()[-6000:]}
+            message = f"{type(error).__name__}: {error}"
+            self.items[name] = {"error": message[:1000], "traceback": traceback.format_exc()[-6000:]}
         self.items[name]["seconds"] = round(monotonic() - started, 2)
         self.write()
         print(f"{self.plan.name}: {name}: {self.items[name].get('error', 'done')[:200]}", flush=True)
