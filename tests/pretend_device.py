@@ -70,17 +70,17 @@ class PretendDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
         tensors = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
-        ours = [tensor for tensor in tensors if isinstance(tensor, Shadow)]
+        shadows = [tensor for tensor in tensors if isinstance(tensor, Shadow)]
         target = options.get("device")
-        wrap = bool(ours) if target is None else torch.device(target).type == "shadow"
+        wrap = bool(shadows) if target is None else torch.device(target).type == "shadow"
         if function is aten.copy_.default:
             wrap = isinstance(arguments[0], Shadow)
-        self._count(function, arguments, ours, tensors, wrap)
+        self._count(function, arguments, shadows, tensors, wrap)
         if wrap and target is not None:
             options = options | {"device": torch.device("cpu")}
         with _disable_current_modes(), torch.no_grad():
             out = function(*tree_map(_inside, arguments), **tree_map(_inside, options))
-        wrappers = {id(tensor.inner): tensor for tensor in ours}  # what was changed in place is the same tensor
+        wrappers = {id(tensor.inner): tensor for tensor in shadows}  # what was changed in place is the same tensor
         given = {id(tensor) for tensor in tensors}
 
         def outside(value):
@@ -92,14 +92,14 @@ class PretendDevice(TorchDispatchMode):
 
         return tree_map(outside, out)
 
-    def _count(self, function, arguments, ours: list, tensors: list, wrap: bool) -> None:
+    def _count(self, function, arguments, shadows: list, tensors: list, wrap: bool) -> None:
         """Count a wait or a copy; raise RuntimeError where a GPU would: for tensors on two devices."""
         if function in (aten.copy_.default, aten._to_copy.default):
             source = arguments[1] if function is aten.copy_.default else arguments[0]
             if isinstance(source, Shadow) != wrap:
                 (self.copies if wrap else self.waits)[_place()] += 1
             return
-        if not ours:
+        if not shadows:
             return
         if function in WAITING:
             self.waits[_place()] += 1
