@@ -54,7 +54,7 @@ class Masks:
         """
         check_scores(self._groups, scores)
         if self.scope == "global":
-            self.kept |= self._choose_globally(widths, scores)
+            self.kept = self.kept | self._choose_globally(widths, scores)
         else:
             wide = Widths.of(self.model) if self.recover else self.widths
             candidates = all_neurons(self.model) if self.recover else self.kept
