@@ -68,8 +68,8 @@ class DistillConfig:
     seed: int = option(0, "seed of data order, masking, random weights and random scores")
 
     # Measures and checkpoints
-    eval_every: int = option(50, "steps between two held-out measures", least=1)
-    eval_blocks: int = option(64, "held-out blocks to measure on", least=1)
+    eval_every: int = option(100, "steps between two held-out measures", least=1)
+    eval_blocks: int = option(512, "held-out blocks to measure on, drawn over all of them", least=1)
     eval_prunes: bool = option(False, "also measure just before and just after every prune")
     checkpoint_every: int = option(100, "steps between two checkpoints", least=1)
     keep_last: int = option(2, "number of checkpoints to keep", least=1)

@@ -53,8 +53,7 @@ def as_blocks(blocks):
 class Masking:
     """BERT's masking: 15 % of the tokens are to be predicted; 80 % of these become [MASK], 10 % a random token.
 
-    Every block has the same number of masked tokens. The mean over N equal parts of a batch is therefore the mean
-    over the batch.
+    Special tokens, the unknown one among them, are never masked: a block with few others has fewer labels, or none.
     """
 
     mask_token_id: int
@@ -87,15 +86,22 @@ class NextToken:
         return input_ids, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
 
 
+def sample(blocks, count: int, seed: int = 0) -> Blocks:
+    """`count` blocks drawn over all of them, in their order; all if there are fewer."""
+    blocks = as_blocks(blocks)
+    drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return Blocks(**blocks[drawn.tolist()])
+
+
 class TrainingBatches(torch.utils.data.Dataset):
-    """Item t is the batch of step t.
+    """Item t is the batch of step t: `input_ids` and `labels` (b, S), and `label_count`, () int64.
 
     Args:
         blocks: training blocks with `input_ids`.
         task: makes inputs and labels of the blocks.
         batch_size: B, blocks a step over all processes.
         seed: of order and masks. Every epoch has another order.
-        share: (rank, processes): this process gets every processes-th block of the batch.
+        share: (rank, processes): this process gets every processes-th block; `label_count` is that of all.
     """
 
     def __init__(self, blocks, task: Masking | NextToken, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
@@ -109,7 +115,7 @@ class TrainingBatches(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         input_ids, labels = self.task(self.blocks[indices]["input_ids"], generator)
         own = slice(self.rank, None, self.processes)
-        return {"input_ids": input_ids[own], "labels": labels[own]}
+        return {"input_ids": input_ids[own], "labels": labels[own], "label_count": (labels != IGNORED).sum()}
 
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.blocks))
@@ -121,15 +127,13 @@ class TrainingBatches(torch.utils.data.Dataset):
 
 def micro_batches(
     batch: dict[str, Tensor], size: int, device: torch.device | str
-) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """(micro_batch, weight) for every `size` blocks (0: all) of a batch; the weight is its fraction of the batch.
-
-    All blocks have equally many labels, so the weighted sum of the means over micro-batches is the mean over the batch.
-    """
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """(input_ids, labels, fraction of the batch) for every `size` blocks (0: all) of a batch."""
     blocks = len(batch["input_ids"])
     for start in range(0, blocks, size or blocks):
-        micro_batch = {name: tensor[start : start + (size or blocks)].to(device) for name, tensor in batch.items()}
-        yield micro_batch, len(micro_batch["input_ids"]) / blocks
+        rows = slice(start, start + (size or blocks))
+        input_ids, labels = batch["input_ids"][rows], batch["labels"][rows]
+        yield input_ids.to(device), labels.to(device), len(input_ids) / blocks
 
 
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .data import batches
-from .losses import IGNORED, attention_divergence, mlm_loss, prediction_loss, select_heads
+from .losses import IGNORED, attention_divergence, divergences, mlm_loss, select_heads
 from .models import forward
 from .widths import Widths
+
+TOKENS_PER_NEURON = 4  # a linear fit on fewer tokens would describe these tokens, not the states
+
+
+class Measures(dict[str, float]):
+    """Measures by name; `kl_of_blocks` (n,) has the KL of every held-out block, nan for a block without labels."""
+
+    def __init__(self, values: dict[str, float], kl_of_blocks: Tensor):
+        super().__init__(values)
+        self.kl_of_blocks = kl_of_blocks
 
 
 @torch.no_grad()
@@ -24,7 +33,7 @@ def discrepancy(
     batch_size: int = 16,
     neurons: Tensor | None = None,
     heads: Tensor | None = None,
-) -> dict[str, float]:
+) -> Measures:
     """The prediction discrepancy and related measures on held-out blocks.
 
     Args:
@@ -36,14 +45,19 @@ def discrepancy(
 
     Returns:
         kl: KL(teacher || student), nats per labelled token (the paper's discrepancy); 0.0 if identical.
+        kl_standard_error: of `kl` as an estimate for text like these blocks, nats, from the spread over blocks; 0.0
+            if identical. Left out for a single block.
         agreement: fraction of labelled tokens with the same top-1 prediction; 1.0 if identical.
         mlm, teacher_mlm: cross-entropy of the student and of the teacher, nats per labelled token.
         accuracy, teacher_accuracy: fraction of labelled tokens predicted correctly.
-        hidden: mean squared error of the teacher's hidden states after a linear least-squares fit on the student's,
-            which may have another width; mean over layers and elements; 0.0 up to rounding if identical.
-        hidden_1 to hidden_L: this error of each layer over the mean square of its states, in [0, 1].
+        hidden: mean squared error of a linear least-squares prediction of the teacher's hidden states from the
+            student's, which may have another width. Fitted on every other block, measured on the rest; mean over
+            layers and elements; 0.0 up to rounding if identical.
+        hidden_1 to hidden_L: this error of each layer over the mean square of its states; about 1 if unrelated.
         attention_1 to attention_L: KL(teacher || student) of the attention probabilities, nats, mean over heads and
             tokens; 0.0 if identical. Left out if the student has fewer heads and `heads` is None.
+
+        The hidden measures are left out where the fit has fewer than four tokens for each neuron of the student.
 
     Raises ValueError if the blocks have no labelled token.
     """
@@ -51,34 +65,55 @@ def discrepancy(
     student.eval(), teacher.eval()
     if heads is None and Widths.of(student).heads == Widths.of(teacher).heads:
         heads = torch.arange(Widths.of(teacher).heads).repeat(teacher.config.num_hidden_layers, 1)
-    sums, counts, fits = Counter(), Counter(), defaultdict(_LinearFit)
+    sums, counts, of_blocks, fits, read = Counter(), Counter(), [], {}, 0
     for batch in batches(blocks, batch_size, device=student.device):
         loss_positions, mask = batch["labels"] != IGNORED, batch.get("attention_mask")  # (B, S)
         student_outputs = forward(student, batch["input_ids"], loss_positions, mask)
         teacher_outputs = forward(teacher, batch["input_ids"], loss_positions, mask)
+        of_blocks.append(_sums_of_blocks(divergences(student_outputs.logits, teacher_outputs.logits), loss_positions))
         labels = batch["labels"][loss_positions]  # (N,)
         for name, mean, count in _means(student_outputs, teacher_outputs, labels, heads, mask):
-            sums[name] += mean.double() * count
+            sums[name] += float(mean) * count
             counts[name] += count
         hidden_states = zip(student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], strict=True)
+        real = torch.ones_like(loss_positions) if mask is None else mask.bool()
         for layer, (states, targets) in enumerate(hidden_states, 1):
             if neurons is not None and states.shape[-1] == student.config.hidden_size:
                 states = states[..., neurons.to(states.device)]
-            real = torch.ones_like(loss_positions) if mask is None else mask.bool()
-            fits[layer].add(states[real], targets[real])
+            fits.setdefault(layer, _LinearFit()).add(states, targets, real, read)
+        read += len(real)
     student.train(modes[0]), teacher.train(modes[1])
-    if "kl" not in sums:
+    kl, kl_of_blocks = _mean_of_blocks(torch.cat(of_blocks))
+    means = kl | {name: total / counts[name] for name, total in sums.items()}
+    if all(fit.enough for fit in fits.values()):
+        errors, shares = zip(*(fit.errors() for fit in fits.values()), strict=True)
+        means |= {"hidden": sum(errors) / len(errors)}
+        means |= {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
+    return Measures(means, kl_of_blocks)
+
+
+def _sums_of_blocks(of_tokens: Tensor, loss_positions: Tensor) -> Tensor:
+    """The sum of (N,) values at the loss positions (B, S) and their number, for each block: (B, 2), float64, on CPU."""
+    counts = loss_positions.sum(1).tolist()
+    return torch.tensor([[part.sum(), len(part)] for part in _double(of_tokens.cpu()).split(counts)], dtype=float)
+
+
+def _mean_of_blocks(of_blocks: Tensor) -> tuple[dict[str, float], Tensor]:
+    """The mean over tokens and its standard error (of a ratio of sums), and the mean of each block, from (n, 2)."""
+    (total, count), (sums, counts), blocks = of_blocks.sum(0), of_blocks.T, len(of_blocks)
+    if count == 0:
         raise ValueError("the held-out blocks have no labelled position: pass the validation blocks of load_corpus")
-    errors, shares = zip(*(fit.errors() for fit in fits.values()), strict=True)
-    means = {name: float(total) / counts[name] for name, total in sums.items()} | {"hidden": sum(errors) / len(errors)}
-    return means | {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
+    means = {"kl": float(total / count)}
+    if blocks > 1:
+        variance = (sums - total / count * counts).square().sum() / (blocks - 1)
+        means["kl_standard_error"] = float((blocks * variance).sqrt() / count)
+    return means, sums / counts
 
 
 def _means(student, teacher, labels: Tensor, heads, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor, int]]:
     """Name, mean and number of tokens of each measure, from the outputs on one batch; labels (N,), heads (L, Hs)."""
     if len(labels):  # the mean over no token is not a number
         top, teacher_top = student.logits.argmax(-1), teacher.logits.argmax(-1)  # (N,)
-        yield "kl", prediction_loss(student.logits, teacher.logits), len(labels)
         yield "agreement", (top == teacher_top).float().mean(), len(labels)
         yield "mlm", mlm_loss(student.logits, labels), len(labels)
         yield "teacher_mlm", mlm_loss(teacher.logits, labels), len(labels)
@@ -91,25 +126,49 @@ def _means(student, teacher, labels: Tensor, heads, attention_mask: Tensor | Non
 
 
 class _LinearFit:
-    """Least-squares fit of teacher states on student states, from running sums: memory does not grow with tokens."""
+    """Least-squares prediction of teacher states from student states, from running sums: memory does not grow."""
 
     def __init__(self):
-        self.inner = self.cross = self.targets = 0.0  # X'X (Ds, Ds), X'Y (Ds, Dt), sum of Y^2
-        self.elements = 0
+        self.fitted, self.measured = _Moments(), _Moments()
 
-    def add(self, states: Tensor, targets: Tensor) -> None:
-        states, targets = states.double(), targets.double()  # (N, Ds), (N, Dt)
-        self.inner = self.inner + F.linear(states.T, states.T)
-        self.cross = self.cross + F.linear(states.T, targets.T)
-        self.targets = self.targets + targets.square().sum()
-        self.elements += targets.numel()
+    def add(self, states: Tensor, targets: Tensor, real: Tensor, read: int) -> None:
+        """Add states (B, S, Ds) and (B, S, Dt) at the real tokens (B, S), after `read` blocks: even ones are fitted."""
+        for moments, first in ((self.fitted, read % 2), (self.measured, 1 - read % 2)):
+            rows = slice(first, None, 2)
+            moments.add(states[rows][real[rows]], targets[rows][real[rows]])
+
+    @property
+    def enough(self) -> bool:
+        return self.measured.tokens > 0 and self.fitted.tokens >= TOKENS_PER_NEURON * len(self.fitted.inner)
 
     def errors(self) -> tuple[float, float]:
-        """Mean squared error of the fit, and as a share of the targets' mean square; nan if a state was not finite."""
-        if not torch.isfinite(self.inner).all():
+        """Mean squared error, and as a share of the targets' mean square; nan if a state was not finite."""
+        fitted, measured = self.fitted, self.measured
+        if not torch.isfinite(fitted.inner).all() or not torch.isfinite(measured.inner).all():
             return float("nan"), float("nan")
-        inner, cross = self.inner.cpu(), self.cross.cpu()  # "gelsd" handles rank deficiency and exists on CPUs only
-        weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt)
-        mean_square, explained = float(self.targets) / self.elements, float((weights * cross).sum()) / self.elements
-        error = max(mean_square - explained, 0.0)  # rounding can make the difference slightly negative
-        return error, error / mean_square
+        # "gelsd" handles rank deficiency and exists on CPUs only
+        weights = torch.linalg.lstsq(fitted.inner.cpu(), fitted.cross.cpu(), driver="gelsd").solution  # (Ds, Dt)
+        inner, cross = measured.inner.cpu(), measured.cross.cpu()
+        error = float(measured.squares) + float((weights * (inner @ weights - 2 * cross)).sum())
+        error = max(error, 0.0)  # rounding can make the difference slightly negative
+        return error / (measured.tokens * weights.shape[1]), error / float(measured.squares)
+
+
+class _Moments:
+    """Sums over tokens: X'X (Ds, Ds), X'Y (Ds, Dt) and Y^2 of student states X and teacher states Y."""
+
+    def __init__(self):
+        self.inner = self.cross = self.squares = 0.0
+        self.tokens = 0
+
+    def add(self, states: Tensor, targets: Tensor) -> None:
+        states, targets = _double(states), _double(targets)  # (N, Ds), (N, Dt)
+        self.inner = self.inner + states.T @ states
+        self.cross = self.cross + states.T @ targets
+        self.squares = self.squares + targets.square().sum()
+        self.tokens += len(states)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """float64, on the CPU for an Apple device, which has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import MAY_CHANGE, DistillConfig
-from .data import Blocks, Masking, NextToken, TrainingBatches, as_blocks
+from .data import Masking, NextToken, TrainingBatches, as_blocks, sample
 from .models import frozen_copy, recording
 from .precision import bfloat16_gain, recompute_casts, resolve_precision
 from .runs import RECORDED, Prune, Run
@@ -62,7 +62,7 @@ def distill(
         model can represent, the last checkpoint holds the wide model and its masks.
 
     Raises:
-        ValueError: the run is impossible, or the launcher shards the model; raised before the first step.
+        ValueError: the run is impossible, or the launcher asks for another one; raised before the first step.
         FileExistsError: `run_dir` holds another run, or another process writes to it.
         Diverged: a loss or gradient is not finite.
         Stopped: SIGTERM; the step was completed and saved.
@@ -70,11 +70,7 @@ def distill(
         OSError: a file could not be written. As after all others but the first, `resume` continues.
     """
     accelerator = Accelerator()
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"a student cannot be narrowed while {accelerator.distributed_type.value} shards it over the devices: "
-            "launch without it (accelerate launch --multi_gpu), and lower micro_batch_size if memory does not suffice"
-        )
+    _check_launcher(accelerator, config)
     train, validation = as_blocks(train), as_blocks(validation)
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
     arguments = _arguments(config, teacher, train, validation, accelerator.device)
@@ -82,7 +78,7 @@ def distill(
         if run.finished:
             return run
         teacher = frozen_copy(teacher, accelerator.device)
-        held_out = Blocks(**validation[: config.eval_blocks])
+        held_out = sample(validation, config.eval_blocks)
         config = replace(config, precision=run.arguments["precision"])
         training = Training.begin(teacher, target, held_out, config, run if resume else None)
         if resume and accelerator.is_main_process:
@@ -167,14 +163,17 @@ class _Reporter:
     def step(self, values: dict[str, float], pruned: Pruned | None = None) -> None:
         """Log a step, with held-out measures if they are due; step 0 has no other values."""
         training, config, widths = self.training, self.training.config, self.training.widths
-        before = pruned.measured if pruned else {}
+        before = pruned.measured if pruned else None
         due = before or training.step % config.eval_every == 0 or training.step == config.steps
-        measured = self.finite(training.discrepancy("held_out")) if due else {}
+        after = training.discrepancy() if due else None
+        measured = self.finite(_named("held_out", after)) | _named("before_prune", before)
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds} | values
         record |= {"learning_rate": training.learning_rate.get_last_lr()[0]} if values else {}
         record |= {"hidden_size": widths.hidden, "intermediate_size": widths.ffn, "head_dim": widths.head_dim}
-        record |= {"num_heads": widths.heads, "parameters": training.num_parameters} | measured | before
+        record |= {"num_heads": widths.heads, "parameters": training.num_parameters} | measured
         if self.main:
+            if after is not None:
+                self.run.log_blocks(training.step, after.kl_of_blocks)
             self._write(record, pruned)
 
     def _write(self, record: dict, pruned: Pruned | None) -> None:
@@ -202,6 +201,33 @@ class _Reporter:
         self.accelerator.wait_for_everyone()  # no process may end the run while the checkpoint is written
         if stopped:
             raise Stopped(f"SIGTERM: the run stopped after step {step}. {self.run.resume_hint}")
+
+
+def _check_launcher(accelerator: Accelerator, config: DistillConfig) -> None:
+    """Raise ValueError for a setting of Accelerate, often from its environment variables, that a run ignores."""
+    engine, accumulation = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"a student cannot be narrowed while {engine.value} shards it over the devices: "
+            "launch without it (accelerate launch --multi_gpu), and lower micro_batch_size if memory does not suffice"
+        )
+    precision = {"no": config.precision, "bf16": "bfloat16"}.get(accelerator.mixed_precision, "none of ours")
+    asked = {
+        f"gradient accumulation over {accumulation} steps": (accumulation != 1, "set micro_batch_size"),
+        f"mixed precision {accelerator.mixed_precision}": (precision != config.precision, "set precision"),
+        "torch.compile": (accelerator.state.dynamo_plugin.backend != DynamoBackend.NO, "a run does not compile"),
+        "tensor or context parallelism": (accelerator.parallelism_config is not None, "use data parallelism"),
+    }
+    for name, (differs, way_out) in asked.items():
+        if differs:
+            raise ValueError(
+                f"the launcher or an ACCELERATE_ environment variable asks for {name}, but the config of the run "
+                f"decides: {way_out}, and launch without it"
+            )
+
+
+def _named(prefix: str, measured: dict[str, float] | None) -> dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in (measured or {}).items()}
 
 
 @contextmanager

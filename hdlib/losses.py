@@ -1,7 +1,9 @@
 """The five terms of the distillation loss and their weighted sum.
 
 Shapes: B batch, S tokens, N loss positions, V vocabulary, L layers, H heads, D hidden width (Dt of the teacher, Ds of
-the student). Every distillation term is exactly 0.0 for identical models in float32 without dropout.
+the student). Every distillation term is exactly 0.0, and so is its gradient, for identical models without dropout.
+
+A batch may come in parts. Each part is then divided by the count of the whole batch, so that the parts' losses add up.
 
 Autograd would store several float32 copies of the logits and of all attention scores. The terms are computed in pieces
 that fit a cache instead, each with its gradient. Values equal those of `torch.nn.functional` up to rounding.
@@ -69,10 +71,13 @@ class Scores(NamedTuple):
         return self._replace(before_softmax=self.before_softmax[:, heads])
 
 
-def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the labelled tokens, in nats, mean over them. logits (N, V); labels (N,), -100 where none."""
+def mlm_loss(logits: Tensor, labels: Tensor, count: float | Tensor | None = None) -> Tensor:
+    """Cross-entropy of the labelled tokens, in nats, mean over them. logits (N, V); labels (N,), -100 where none.
+
+    `count` is the number of labels of the whole batch, if these are a part of it.
+    """
     labelled = labels != IGNORED
-    count = labelled.sum()
+    count = labelled.sum() if count is None else count
 
     def piece(rows: slice, gradient: Tensor | None) -> Tensor:
         log_probabilities = F.log_softmax(at_least_float32(logits[rows]), -1)  # (n, V)
@@ -87,11 +92,15 @@ def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return _InPieces.apply(logits, piece, lambda total: total / count)
 
 
-def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def prediction_loss(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, count: float | Tensor | None = None
+) -> Tensor:
     """T^2 KL(teacher || student) over the vocabulary, in nats, mean over positions; 0.0 for identical logits (N, V).
 
-    The temperature T divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015).
+    The temperature T divides both logits; T^2 keeps the size of the gradient (Hinton et al., 2015). `count` is the
+    number of positions of the whole batch, if these are a part of it.
     """
+    count = len(student) if count is None else count
 
     def piece(rows: slice, gradient: Tensor | None) -> Tensor:
         log_student = F.log_softmax(at_least_float32(student[rows]) / temperature, -1)  # (n, V)
@@ -99,10 +108,20 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
         probabilities = log_teacher.exp()
         value = log_teacher.sub_(log_student).mul_(probabilities).sum()
         if gradient is not None:
-            gradient[rows] = log_student.exp_().sub_(probabilities).mul_(temperature / len(student))
+            gradient[rows] = log_student.exp_().sub_(probabilities).mul_(temperature / count)
         return value
 
-    return _InPieces.apply(student, piece, lambda total: total * (temperature**2 / len(student)))
+    return _InPieces.apply(student, piece, lambda total: total * (temperature**2 / count))
+
+
+@torch.no_grad()
+def divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each row of logits (N, V), in nats, (N,); 0.0 for identical rows."""
+    values = at_least_float32(student.new_empty(len(student)))
+    for rows in pieces(student, student.shape[-1]):
+        log_student, log_teacher = (F.log_softmax(at_least_float32(logits[rows]), -1) for logits in (student, teacher))
+        values[rows] = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    return values
 
 
 def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -132,7 +151,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(context, student: Tensor, piece: Callable, mean: Callable) -> Tensor:
         gradient = torch.empty_like(student) if context.needs_input_grad[0] else None
-        total = 0.0
+        total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         for rows in pieces(student, student.shape[1:].numel()):
             total = total + piece(rows, gradient)
         context.save_for_backward(gradient)
@@ -289,7 +308,16 @@ class DistillationLoss(nn.Module):
         # (L, H): the index of the teacher's head that each head of the student started as
         self.register_buffer("heads", torch.arange(num_heads).repeat(num_layers, 1))
 
-    def forward(self, student, teacher, labels: Tensor, attention_mask: Tensor | None = None) -> LossTerms:
+    def forward(
+        self,
+        student,
+        teacher,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        labels_in_batch: int | None = None,
+        share: float = 1.0,
+    ) -> LossTerms:
         """Compare the outputs of two models on one batch.
 
         Args:
@@ -298,30 +326,37 @@ class DistillationLoss(nn.Module):
                 do. The teacher may be None if the loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
+            labels_in_batch: the number of labels in the whole batch, if this is a part of it; the terms of the parts
+                add up to those of the batch.
+            share: the fraction of the batch's blocks that this part has.
 
         Raises:
-            ValueError: no label; another number of logits or layers than needed (SDPA alone returns no attentions).
+            ValueError: no label, unless this is a part of a batch; another number of logits or layers than needed
+                (SDPA alone returns no attentions).
         """
         weights, terms, layers = self.weights, {}, len(self.heads)
-        if not (labels != IGNORED).any():
-            raise ValueError("no position of this batch has a label: nothing was masked")
+        if labels_in_batch is None:
+            labels_in_batch = int((labels != IGNORED).sum())
+            if labels_in_batch == 0:
+                raise ValueError("no position of this batch has a label: nothing was masked")
         if weights["mlm"] or weights["prediction"]:
-            terms |= self._vocabulary_terms(student, teacher, labels, attention_mask)
+            terms |= self._vocabulary_terms(student, teacher, labels, attention_mask, labels_in_batch, share)
         if weights["hidden"] or weights["embedding"]:
             (embedded, target), *states = _paired("hidden_states", student, teacher, layers + 1)
         if weights["hidden"]:
-            terms["hidden"] = sum(
+            terms["hidden"] = share * sum(
                 state_loss(_in_teacher_space(*pair, projection), pair[1], attention_mask)
                 for pair, projection in zip(states, self.hidden_projections, strict=True)
             )
         if weights["attention"]:
             attentions = _paired("attentions", student, teacher, layers)
-            terms["attention"] = sum(
+            terms["attention"] = share * sum(
                 self._attention_term(*pair, heads, attention_mask)
                 for pair, heads in zip(attentions, self.heads, strict=True)
             )
         if weights["embedding"]:
-            terms["embedding"] = state_loss(embedded @ self.embedding_projection, target, attention_mask)  # (B, S, Dt)
+            embedded = _in_teacher_space(embedded, target, self.embedding_projection)  # (B, S, Dt)
+            terms["embedding"] = share * state_loss(embedded, target, attention_mask)
         return LossTerms(total=sum(weights[name] * value for name, value in terms.items()), **terms)
 
     @property
@@ -351,34 +386,36 @@ class DistillationLoss(nn.Module):
             old = module._parameters[name]
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
 
-    def _vocabulary_terms(self, student, teacher, labels: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    def _vocabulary_terms(
+        self, student, teacher, labels: Tensor, attention_mask: Tensor | None, labels_in_batch: int, share: float
+    ) -> dict[str, Tensor]:
         """The mlm and prediction terms; with logits in pieces, the backward pass recomputes them slice by slice."""
         loss_positions = self.loss_positions(labels, attention_mask)
         labels = labels[loss_positions]  # (N,), -100 where there is only a prediction term
         student = _logits_at(loss_positions, student.logits, "student")
         teacher = _logits_at(loss_positions, teacher.logits, "teacher") if self.weights["prediction"] else None
-        if isinstance(student, Tensor):
-            return self._means(student, teacher, labels)
+        labelled = max(1, labels_in_batch)  # without any, both terms are 0
+        compared = labelled if self.positions == "masked" else len(labels) / share
 
-        def means(rows: slice) -> dict[str, Tensor]:
+        def of(student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+            terms = {"mlm": mlm_loss(student, labels, labelled)} if self.weights["mlm"] else {}
+            if self.weights["prediction"]:
+                terms["prediction"] = prediction_loss(student, teacher, self.temperature, compared)
+            return terms
+
+        if isinstance(student, Tensor):
+            return of(student, teacher, labels)
+
+        def of_rows(rows: slice) -> dict[str, Tensor]:
             with torch.no_grad():
                 teacher_logits = None if teacher is None else teacher.head(teacher.states[rows])  # (n, V)
-            return self._means(student.head(student.states[rows]), teacher_logits, labels[rows])
+            return of(student.head(student.states[rows]), teacher_logits, labels[rows])
 
-        counted = {"mlm": labels != IGNORED, "prediction": torch.ones_like(labels, dtype=torch.bool)}
-        sums = dict.fromkeys(counted, 0.0)
+        sums: dict[str, Tensor] = {}
         for rows in student.slices:
-            for name, mean in checkpoint(means, rows, use_reentrant=False, preserve_rng_state=False).items():
-                if counted[name][rows].any():  # the mean over no element is not a number
-                    sums[name] = sums[name] + mean * counted[name][rows].sum()
-        return {name: total / counted[name].sum() for name, total in sums.items() if self.weights[name]}
-
-    def _means(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        """The mlm and prediction terms of logits (N, V) and labels (N,)."""
-        terms = {"mlm": mlm_loss(student, labels)} if self.weights["mlm"] else {}
-        if self.weights["prediction"]:
-            terms["prediction"] = prediction_loss(student, teacher, self.temperature)
-        return terms
+            for name, part in checkpoint(of_rows, rows, use_reentrant=False, preserve_rng_state=False).items():
+                sums[name] = sums[name] + part if name in sums else part
+        return sums
 
     def _attention_term(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The attention term of one layer, from its record in each model."""
@@ -406,8 +443,13 @@ def _softmax_input(layer: QueryKey | Scores, pairs: Tensor | None) -> Tensor:
 
 def _in_teacher_space(states: Tensor, target: Tensor, projection: Tensor) -> Tensor:
     """(B, S, Ds) to (B, S, Dt). A state of fixed width needs no projection, such as the last one of OPT-350m."""
-    fixed = states.shape[-1] == target.shape[-1] != projection.shape[1]
-    return states if fixed else states @ projection
+    if states.shape[-1] == target.shape[-1] != projection.shape[1]:
+        return states
+    if projection.shape[0] < projection.shape[1]:
+        return states @ projection
+    # The diagonal apart, in float32: a product in bfloat16 would round states that are equal to the teacher's.
+    diagonal = projection.diagonal()
+    return states * diagonal + states @ (projection - diagonal.diag())
 
 
 def _logits_at(loss_positions: Tensor, logits: Tensor | LogitsInPieces, model: str) -> Tensor | LogitsInPieces:

@@ -229,7 +229,7 @@ def forward(
     if positions is not None:
         states = states[positions]  # (N, D)
     logits = LogitsInPieces(states, partial(head, model), model.config.vocab_size)
-    if positions is None or not in_pieces or len(logits.slices) == 1:
+    if positions is None or not in_pieces or len(logits.slices) <= 1:
         logits = head(model, states)
     return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=attentions)
 

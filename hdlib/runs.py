@@ -2,6 +2,7 @@
 
 run.json                           arguments, versions and machine; written before the first step.
 metrics.jsonl                      one JSON record for each logged step.
+blocks.jsonl                       the discrepancy of every held-out block, for each step that measured it.
 checkpoints/step_00000400/         a stock model folder, the tokenizer and the training state.
 neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which were kept.
 kept.json                          indices of the teacher's neurons that the student kept, by group.
@@ -35,8 +36,10 @@ from .config import DistillConfig
 from .models import EMBEDDED_TEACHER, load_teacher
 from .widths import Widths, family
 
-PARTS = ("run.json", "metrics.jsonl", "checkpoints", "neurons", "kept.json", "student")
+PARTS = ("run.json", "metrics.jsonl", "blocks.jsonl", "checkpoints", "neurons", "kept.json", "student")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+# Environment variables that can change the numbers of a run
+NUMERIC = ("ACCELERATE_", "CUBLAS_", "NVIDIA_TF32", "ONEDNN_DEFAULT_FPMATH", "TORCH_ALLOW_TF32")
 RECORDED = 100  # about this many prunes of a run are recorded at most
 
 
@@ -81,6 +84,8 @@ class Run:
             raise FileExistsError(f"{folder} already holds a run ({', '.join(found)}): use resume=True or a new folder")
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        machine |= {"float32_products": torch.get_float32_matmul_precision()}
+        machine |= {"environment": {name: os.environ[name] for name in os.environ if name.startswith(NUMERIC)}}
         versions = {"python": platform.python_version()}
         versions |= {package: version(package) for package in PACKAGES if find_spec(package)}
         description = {"arguments": arguments, "processes": processes, "versions": versions, "machine": machine}
@@ -121,7 +126,7 @@ class Run:
         """A DataFrame of the logged steps, indexed by step; empty before the first. Raises ValueError if damaged."""
         import pandas as pd
 
-        lines = self._lines()
+        lines = self._lines("metrics.jsonl")
         if lines and lines != self._parsed[0]:
             try:
                 self._parsed = (lines, pd.read_json(BytesIO(lines), lines=True, engine="pyarrow").set_index("step"))
@@ -129,13 +134,22 @@ class Run:
                 raise ValueError(f"{self.folder / 'metrics.jsonl'} is damaged and cannot be read: {error}") from error
         return self._parsed[1].copy(deep=False) if lines else pd.DataFrame()
 
-    def records(self) -> list[dict]:
+    def records(self, name: str = "metrics.jsonl") -> list[dict]:
         """The logged steps, one dictionary each."""
-        return [json.loads(line) for line in self._lines().splitlines()]
+        return [json.loads(line) for line in self._lines(name).splitlines()]
 
-    def _lines(self) -> bytes:
-        """The complete lines of metrics.jsonl; the last one is incomplete after a kill."""
-        path = self.folder / "metrics.jsonl"
+    @property
+    def kl_of_blocks(self):
+        """KL(teacher || student), nats: a DataFrame of one row per measured step, one column per held-out block."""
+        import pandas as pd
+
+        records = self.records("blocks.jsonl")
+        steps = pd.Index([record["step"] for record in records], name="step")
+        return pd.DataFrame([record["kl"] for record in records], index=steps, dtype=float)
+
+    def _lines(self, name: str) -> bytes:
+        """The complete lines of a file; the last one is incomplete after a kill."""
+        path = self.folder / name
         content = path.read_bytes() if path.exists() else b""
         return content.rpartition(b"\n")[0]
 
@@ -205,10 +219,15 @@ class Run:
         kept = {name.removeprefix("stays."): each for name, each in tensors.items() if name.startswith("stays.")}
         return Prune(step, {name: tensors[f"importance.{name}"].float() for name in kept}, kept)
 
-    def log(self, record: dict) -> None:
-        """Append a line to metrics.jsonl."""
-        with self._writing("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as file:
+    def log(self, record: dict, name: str = "metrics.jsonl") -> None:
+        """Append a line."""
+        with self._writing(name), (self.folder / name).open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def log_blocks(self, step: int, kl: Tensor) -> None:
+        """Append the discrepancy (n,) of the held-out blocks at a step; null for a block without labels."""
+        values = [None if value.isnan() else float(f"{value:.6g}") for value in kl]
+        self.log({"step": step, "kl": values}, "blocks.jsonl")
 
     def save_checkpoint(self, step: int, model, tokenizer, state: dict, keep: int) -> None:
         """Save model, tokenizer and training state after `step`; keep only the newest `keep` checkpoints."""
@@ -233,8 +252,9 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Delete what was recorded after `step`: a resumed run records it again."""
-        lines = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-        write_whole(self.folder / "metrics.jsonl", "".join(lines))
+        for name in ("metrics.jsonl", "blocks.jsonl"):
+            lines = [json.dumps(record) + "\n" for record in self.records(name) if record["step"] <= step]
+            write_whole(self.folder / name, "".join(lines))
         for path in self.folder.glob("neurons/step_*.safetensors"):
             if _step(path) > step:
                 path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from time import perf_counter
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from .checkpoints import BrokenCheckpoint, load_state
 from .config import DistillConfig
 from .data import Blocks, micro_batches
-from .discrepancy import discrepancy
+from .discrepancy import Measures, discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
 from .masks import Masks, applied
@@ -32,7 +33,7 @@ class Pruned(NamedTuple):
 
     scores: dict[str, Tensor]  # importance of the student's neurons, by group
     kept: dict[str, Tensor]  # their indices in the teacher, by group
-    measured: dict[str, float]  # held-out measures with `eval_prunes`, else empty
+    measured: Measures | None  # held-out measures, with `eval_prunes`
 
 
 class Training:
@@ -90,36 +91,39 @@ class Training:
 
     def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over the batch of all processes. Returns the loss terms of that batch."""
-        sums: dict[str, Tensor] = {}
-        for micro_batch, weight in micro_batches(batch, self.config.micro_batch_size, self.teacher.device):
+        sums, processes = Counter(), PartialState().num_processes
+        label_count = int(batch["label_count"])
+        for input_ids, labels, fraction in micro_batches(batch, self.config.micro_batch_size, self.teacher.device):
             with applied(self.masks):
-                terms = self._losses(micro_batch)
-                (weight * terms.total).backward()
-            sums = {name: sums.get(name, 0.0) + weight * value for name, value in terms.named().items()}
-        if PartialState().num_processes > 1:  # so that all processes compute the same scores and keep the same neurons
+                terms = self._losses(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
+                terms.total.backward()
+            sums.update(terms.named())
+        if processes > 1:  # so that all processes compute the same scores and keep the same neurons
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad = reduce(parameter.grad, "mean")
-            sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "mean"), strict=True))
+                    parameter.grad = reduce(parameter.grad, "sum")
+            sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "sum"), strict=True))
         if self.masks is not None:
             self.masks.mask_gradients()
-        return sums
+        if not label_count:  # the mean over no label is not a number
+            over_labels = {"mlm"} if self.loss.positions == "all" else {"mlm", "prediction"}
+            sums = {name: value for name, value in sums.items() if name not in over_labels}
+        return dict(sums)
 
-    def _losses(self, micro_batch: dict[str, Tensor]) -> LossTerms:
-        """Both models on the same tokens; the heads run at the loss positions only."""
-        input_ids, labels = micro_batch["input_ids"], micro_batch["labels"]  # (b, S)
+    def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
+        """Both models on the same tokens (b, S); the heads run at the loss positions only."""
         read = {"input_ids": input_ids, "positions": self.loss.loss_positions(labels), "in_pieces": True}
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
                 teacher_outputs = forward(self.cast_teacher, **read) if self.loss.compares else None
-            return self.loss(forward(self.student, **read), teacher_outputs, labels)
+            return self.loss(forward(self.student, **read), teacher_outputs, labels, **part)
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons of highest importance, as many as `widths` has, or mask the others. None if not due."""
         due = widths != self.widths if self.masks is None else self.config.chooses_at(self.step)
         if not due or not widths.fits_in(self.widths):
             return None
-        measured = self.discrepancy("before_prune") if self.config.eval_prunes else {}
+        measured = self.discrepancy() if self.config.eval_prunes else None
         pruned = Pruned(self.importance.scores(), self.kept, measured)
         if self.masks is not None:
             self.masks.choose(widths, pruned.scores)
@@ -149,14 +153,14 @@ class Training:
         """Parameters of the student, without masked ones."""
         return sum(p.numel() for p in self.student.parameters()) if self.masks is None else self.masks.num_parameters()
 
-    def discrepancy(self, prefix: str) -> dict[str, float]:
-        """The held-out measures of the student, named PREFIX_MEASURE; their time does not count as the step's."""
+    def discrepancy(self) -> Measures:
+        """The held-out measures of the student; their time does not count as the step's."""
         started = perf_counter()
         neurons = None if self.masks is None else self.masks.kept.get(HIDDEN)
         with applied(self.masks):
             measured = discrepancy(self.student, self.teacher, self.held_out, neurons=neurons, heads=self.loss.heads)
         self._started += perf_counter() - started
-        return {f"{prefix}_{name}": value for name, value in measured.items()}
+        return measured
 
 
 def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: DistillConfig) -> torch.optim.AdamW:

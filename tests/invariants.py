@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 import hdlib
 from hdlib import DistillationLoss, Widths
 from hdlib.models import forward, student_of
+from hdlib.precision import cast_once, recompute_casts
 
 from reference import Doubles, zeroed
 
@@ -26,18 +27,18 @@ def loss_for(model, **options) -> DistillationLoss:
     return DistillationLoss(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, **options)
 
 
-def total_loss(model, teacher, batch, loss=None) -> torch.Tensor:
+def total_loss(model, teacher, batch, loss=None, **part) -> torch.Tensor:
     input_ids, labels = batch
     loss = loss or loss_for(teacher).to(teacher.dtype)
     positions = loss.loss_positions(labels)
     with torch.no_grad():
         teacher_outputs = forward(teacher, input_ids, positions)
-    return loss(forward(model, input_ids, positions), teacher_outputs, labels).total
+    return loss(forward(model, input_ids, positions), teacher_outputs, labels, **part).total
 
 
-def backward(model, teacher, batch, loss=None) -> torch.Tensor:
+def backward(model, teacher, batch, loss=None, **part) -> torch.Tensor:
     """One backward pass of the total loss; returns the loss."""
-    total = total_loss(model, teacher, batch, loss)
+    total = total_loss(model, teacher, batch, loss, **part)
     total.backward()
     return total
 
@@ -72,16 +73,22 @@ def eight(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None
 
 
 def identity(teacher: PreTrainedModel, batch) -> None:
-    """1. A student at ratio 1 has exactly its teacher's logits, and every distillation term is 0."""
-    student = student_of(teacher)
-    hdlib.narrow(student, Widths.at(student, 1.0))
+    """1. A student at ratio 1 has exactly its teacher's logits; every distillation term and its gradient is 0."""
     input_ids, labels = batch
-    with torch.no_grad():
-        assert torch.equal(student(input_ids).logits, teacher(input_ids).logits)
-        terms = loss_for(teacher)(forward(student, input_ids), forward(teacher, input_ids), labels)
-    for term in ("prediction", "hidden", "attention", "embedding"):
-        assert getattr(terms, term).item() == 0.0, term
-    assert terms.total.item() == terms.mlm.item() > 0
+    for precision in ("float32", "bfloat16"):
+        student, loss = student_of(teacher), loss_for(teacher, mlm=0.0)
+        hdlib.narrow(student, Widths.at(student, 1.0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), recompute_casts(student):
+            with torch.no_grad():
+                expected = forward(cast_once(teacher, precision), input_ids)
+            outputs = forward(student, input_ids)
+            assert torch.equal(outputs.logits, expected.logits), precision
+            terms = loss(outputs, expected, labels)
+            assert loss_for(teacher)(outputs, expected, labels).mlm.item() > 0
+        assert {*map(float, terms.named().values())} == {0.0} and len(terms.named()) == 5, (precision, terms)
+        terms.total.backward()
+        for name, parameter in [*student.named_parameters(), *loss.named_parameters()]:
+            assert parameter.grad is None or not parameter.grad.any(), (precision, name)
 
 
 def mask_equals_narrow(teacher: PreTrainedModel, widths: Widths, batch, tolerance: float = 1e-5) -> None:
@@ -278,7 +285,10 @@ def _train(student, teacher, batch, loss, scorer, optimizer) -> None:
 
 
 def processes(teacher: PreTrainedModel, widths: Widths, batch) -> None:
-    """8. The averaged gradients of the halves of a batch give the same kept neurons as the whole batch (float64)."""
+    """8. The gradients of the halves of a batch add up, also with unequal numbers of labels: same neurons (float64)."""
+    batch = batch[0], batch[1].clone()
+    batch[1][0, 2:] = -100
+    labels_in_batch = int((batch[1] >= 0).sum())
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -287,10 +297,8 @@ def processes(teacher: PreTrainedModel, widths: Widths, batch) -> None:
     for shares in (1, 2):
         student.zero_grad()
         for rank in range(shares):
-            backward(student, teacher, [part[rank::shares] for part in batch])
-        for parameter in student.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= shares
+            own = [part[rank::shares] for part in batch]
+            backward(student, teacher, own, labels_in_batch=labels_in_batch, share=len(own[0]) / len(batch[0]))
         scorer = hdlib.scorer("sensitivity")
         scorer.update(student)
         scores.append(scorer.scores())

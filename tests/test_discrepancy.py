@@ -8,13 +8,16 @@ from datasets import concatenate_datasets
 
 import hdlib
 from hdlib import Widths
+from hdlib.data import Blocks
+from hdlib.discrepancy import TOKENS_PER_NEURON, _LinearFit
 
 from conftest import random_bert
 
 
 def test_identical_models_have_no_discrepancy(teacher, blocks):
     measured = hdlib.discrepancy(hdlib.models.student_of(teacher), teacher, blocks[1].take(20))
-    assert measured["kl"] == 0.0 and measured["agreement"] == 1.0 and measured["hidden"] < 1e-9
+    assert measured["kl"] == measured["kl_standard_error"] == 0.0 and not measured.kl_of_blocks.any()
+    assert measured["agreement"] == 1.0 and measured["hidden"] < 1e-9
     assert measured["mlm"] == measured["teacher_mlm"] > 0
 
 
@@ -35,11 +38,55 @@ def test_measures_agree_with_numpy(tokenizer, blocks):
     assert measured["teacher_accuracy"] == pytest.approx((log_p.argmax(-1) == labels[labelled]).mean())
     assert measured["mlm"] == pytest.approx(-log_q[rows, labels[labelled]].mean(), rel=1e-4)
     assert measured["teacher_mlm"] == pytest.approx(-log_p[rows, labels[labelled]].mean(), rel=1e-4)
-    errors = []
+    errors, shares = [], []
     for x, y in zip(*(output.hidden_states[1:] for output in outputs), strict=True):
-        x, y = x.flatten(0, 1).double().numpy(), y.flatten(0, 1).double().numpy()
-        errors.append(((x @ np.linalg.lstsq(x, y, rcond=None)[0] - y) ** 2).mean())
+        x, y = x.double().numpy(), y.double().numpy()
+        fitted, (x, y) = [each[::2].reshape(-1, each.shape[-1]) for each in (x, y)], (x[1::2], y[1::2])
+        errors.append(((x @ np.linalg.lstsq(*fitted, rcond=None)[0] - y) ** 2).mean())
+        shares.append(errors[-1] / (y**2).mean())
     assert measured["hidden"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert [measured["hidden_1"], measured["hidden_2"]] == pytest.approx(shares, rel=1e-4)
+    of_tokens = np.zeros(labelled.shape)
+    of_tokens[labelled] = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    of_blocks = of_tokens.sum(1) / labelled.sum(1)
+    np.testing.assert_allclose(measured.kl_of_blocks, of_blocks, rtol=1e-4)
+    standard_error = of_blocks.std(ddof=1) / len(of_blocks) ** 0.5  # all blocks have equally many labels
+    assert measured["kl_standard_error"] == pytest.approx(standard_error, rel=1e-3)
+
+
+def test_the_fit_of_hidden_states_is_measured_on_other_tokens():
+    states, targets = torch.randn(2, 40, 50, 36, generator=torch.Generator().manual_seed(0)).unbind()
+    for width in (4, 36):
+        fit, real = _LinearFit(), torch.ones(40, 50, dtype=torch.bool)
+        for read in range(0, 40, 5):  # an odd batch: which blocks are fitted does not depend on it
+            fit.add(states[read : read + 5, :, :width], targets[read : read + 5], real[read : read + 5], read)
+        whole = _LinearFit()
+        whole.add(states[..., :width], targets, real, 0)
+        assert fit.errors()[1] > 1.0, "unrelated states predict nothing, whatever their width"
+        assert fit.errors() == pytest.approx(whole.errors(), rel=1e-12)
+
+
+def test_hidden_states_of_too_few_tokens_are_not_measured(tokenizer, blocks):
+    teacher = random_bert(vocabulary=len(tokenizer))
+    student = random_bert(vocabulary=len(tokenizer), seed=3)
+    enough = TOKENS_PER_NEURON * student.config.hidden_size // 16 * 2  # blocks of 16 tokens, half of them fitted
+    for count, there in ((1, False), (enough - 2, False), (enough, True)):
+        measured = hdlib.discrepancy(student, teacher, blocks[1].take(count))
+        assert ("hidden" in measured, "hidden_1" in measured) == (there, there)
+        assert ("kl_standard_error" in measured) == (count > 1) and len(measured.kl_of_blocks) == count
+
+
+def test_blocks_with_unequal_numbers_of_labels_count_by_their_tokens(teacher, blocks):
+    held_out = blocks[1].take(6).with_format("torch")[:]
+    labels = held_out["labels"].clone()
+    labels[0] = -100
+    labels[1, :8] = -100
+    student = random_bert(vocabulary=teacher.config.vocab_size, seed=1)
+    measured = hdlib.discrepancy(student, teacher, Blocks(held_out["input_ids"], labels), batch_size=4)
+    counts = (labels != -100).sum(1)
+    assert counts.unique().numel() > 2 and measured.kl_of_blocks.isnan().tolist() == [True] + 5 * [False]
+    weighted = (measured.kl_of_blocks.nan_to_num() * counts).sum() / counts.sum()
+    assert measured["kl"] == pytest.approx(float(weighted), rel=1e-9)
 
 
 def test_models_keep_their_mode(teacher, blocks):
@@ -51,7 +98,7 @@ def test_models_keep_their_mode(teacher, blocks):
 def test_states_that_are_not_finite_give_nan(teacher, blocks):
     student = hdlib.models.student_of(teacher)
     student.bert.encoder.layer[1].output.dense.bias.data[0] = float("inf")
-    measured = hdlib.discrepancy(student, teacher, blocks[1].take(4))
+    measured = hdlib.discrepancy(student, teacher, blocks[1].take(20))
     assert np.isnan(measured["hidden"]) and np.isnan(measured["kl"])
 
 

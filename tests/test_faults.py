@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 import hdlib.text.corpus
@@ -373,6 +374,31 @@ def test_after_too_little_memory_a_run_resumes_with_smaller_micro_batches(run_in
     assert resumed.metrics["hidden_size"].equals(whole[0].metrics["hidden_size"])
     for name, tensor in weights(whole[0]).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "accumulation over 4 steps.*set micro_batch_size"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision bf16.*set precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "torch.compile"),
+    ],
+)
+def test_the_environment_changes_nothing_in_silence(variable, value, message, run_in, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(ValueError, match=f"ACCELERATE_ environment variable asks for.*{message}"):
+            run_in(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        monkeypatch.delenv(variable)
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT")
+        AcceleratorState._reset_state(True)
+        machine = run_in(tmp_path / "run").description["machine"]
+        assert machine["environment"]["ONEDNN_DEFAULT_FPMATH_MODE"] == "STRICT"
+        assert machine["float32_products"] == "highest"
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

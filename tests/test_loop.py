@@ -219,6 +219,37 @@ def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
     assert run.metrics["total"].iloc[-1] > 0
 
 
+def with_unequal_labels(tokenizer, blocks) -> Blocks:
+    """Training blocks of which every other one is mostly unknown tokens, and so has fewer labels, or none."""
+    input_ids = blocks[0].take(64).with_format("torch")[:]["input_ids"].clone()
+    input_ids[::2, 3:-1] = tokenizer.unk_token_id
+    input_ids[::4, 1:-1] = tokenizer.unk_token_id
+    return Blocks(input_ids)
+
+
+def test_micro_batches_with_unequal_numbers_of_labels(teacher, tokenizer, blocks, tmp_path):
+    """Their losses and gradients are those of the whole batch."""
+    train, runs = with_unequal_labels(tokenizer, blocks), {}
+    for size in (0, 1, 3):
+        config = DistillConfig(**ARGUMENTS | {"steps": 4, "micro_batch_size": size})
+        runs[size] = hdlib.distill(teacher, tokenizer, train, blocks[1], config, tmp_path / str(size))
+    assert runs[0].kept == runs[1].kept == runs[3].kept
+    for column in ("total", *TERMS, "gradient_norm", "held_out_kl"):
+        whole = runs[0].metrics[column].dropna().tolist()
+        for size in (1, 3):
+            assert runs[size].metrics[column].dropna().tolist() == pytest.approx(whole, rel=1e-3, abs=1e-6), column
+
+
+@pytest.mark.parametrize("terms", [{}, {"hidden": 0.0, "attention": 0.0, "embedding": 0.0}])
+def test_a_batch_without_a_label_does_not_end_the_run(teacher, tokenizer, blocks, tmp_path, terms):
+    """Its terms over labels are not logged: they have no value."""
+    train = with_unequal_labels(tokenizer, blocks)
+    unknown = Blocks(train[::4]["input_ids"])
+    config = DistillConfig(**ARGUMENTS | {"steps": 4, "batch_size": 4} | terms)
+    run = hdlib.distill(teacher, tokenizer, unknown, blocks[1], config, tmp_path)
+    assert run.finished and not {"mlm", "prediction"} & set(run.metrics) and {"total"} <= set(run.metrics)
+
+
 @pytest.mark.parametrize(
     "name, options, processes",
     [
@@ -229,12 +260,17 @@ def test_bfloat16_trains_float32_weights(teacher, tokenizer, blocks, tmp_path):
     ],
 )
 def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_file, name, options, processes):
-    """Several processes keep the same neurons as one at every prune and end with the same weights."""
+    """Several processes keep the same neurons as one at every prune, log its losses and end with its weights.
+
+    A part of the text is in a script that the tokenizer does not know, so that blocks have unequal numbers of labels.
+    """
+    unknown = "\n\n".join(["мир труд май " * 40] * 30)
+    (tmp_path / "corpus.txt").write_text(f"{text_file.read_text()}\n\n{unknown}")
     random_model(name, vocabulary=len(tokenizer)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     results = []
     for count in processes:
-        places = {"teacher": str(tmp_path / "teacher"), "corpus": str(text_file), "length": 16}
+        places = {"teacher": str(tmp_path / "teacher"), "corpus": str(tmp_path / "corpus.txt"), "length": 16}
         places["run_dir"] = str(tmp_path / f"run_{count}")
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places | options))
         launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]

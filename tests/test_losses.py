@@ -1,5 +1,6 @@
 """Loss terms against NumPy and automatic differentiation, and the errors of impossible arguments."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,6 +238,31 @@ def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
     assert found[0].keys() == found[1].keys()
     for name, whole in found[0].items():
         close(found[1][name], whole, 1e-9)
+
+
+@pytest.mark.parametrize("max_logits", [losses.MAX_LOGITS, 60])
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_the_losses_of_parts_add_up_to_that_of_the_batch(positions, max_logits, monkeypatch):
+    """With unequal numbers of labels, one block without any, and logits in pieces or whole."""
+    monkeypatch.setattr(losses, "MAX_LOGITS", max_logits)
+    teacher, input_ids, labels = random_bert(seed=1).double(), *random_batch()
+    labels[0], labels[1, :8] = -100, -100
+    loss, found = loss_for(teacher, positions=positions).double(), []
+    for rows in ([slice(0, 3)], [slice(0, 1), slice(1, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
+        student, sums = random_bert().double(), Counter()
+        for own in rows:
+            read = {"positions": loss.loss_positions(labels[own]), "in_pieces": True}
+            with torch.no_grad():
+                expected = forward(teacher, input_ids[own], **read)
+            part = {"labels_in_batch": int((labels >= 0).sum()), "share": len(labels[own]) / len(labels)}
+            terms = loss(forward(student, input_ids[own], **read), expected, labels[own], **part)
+            terms.total.backward()
+            sums.update(terms.named())
+        found.append(dict(sums) | {name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    for parts in found[1:]:
+        assert parts.keys() == found[0].keys() >= {"total", "mlm", "prediction"}
+        for name, whole in found[0].items():
+            close(parts[name], whole, 1e-9)
 
 
 def test_logits_in_pieces_are_not_stored(monkeypatch):

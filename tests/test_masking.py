@@ -8,6 +8,7 @@ import torch
 import hdlib
 from hdlib import DistillConfig, Masks, Widths
 from hdlib.checkpoints import load_state
+from hdlib.data import sample
 from hdlib.models import forward
 
 from conftest import random_batch
@@ -185,7 +186,7 @@ def test_a_run_with_recovery_ends_as_a_stock_model(teacher, tokenizer, blocks, t
     run = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS, recover=True), tmp_path)
     student, _ = run.student()
     assert Widths.of(student) == Widths.at(teacher, 0.5)
-    measured = hdlib.discrepancy(student.eval(), teacher, blocks[1].take(8))
+    measured = hdlib.discrepancy(student.eval(), teacher, sample(blocks[1], ARGUMENTS["eval_blocks"]))
     for name in ("kl", "agreement", "hidden"):
         assert measured[name] == pytest.approx(run.metrics[f"held_out_{name}"].iloc[-1], rel=1e-3), name
 
