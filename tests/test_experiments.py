@@ -20,6 +20,7 @@ import hdlib
 from experiments import __main__ as command
 from experiments import report, runner, study
 from experiments.study import ConfigError, Scale, Study
+from hdlib.lab.study import ENOUGH
 
 PARAMETERS = """
 arms: list = ["good", "better"]  # which
@@ -306,6 +307,7 @@ def test_every_study_fits_its_notebook_at_every_scale():
             values = study.parameters(chosen, Scale.load(scale), {})
             assert len(study.cells(chosen, values)) >= len(values["seeds"])
             assert scale == "smoke" or len(values["seeds"]) >= 3
+    assert len(Study.load("one_shot_vs_iterative").seeds) == ENOUGH, "the headline row has a verdict"
 
 
 def test_verdicts_by_hand():

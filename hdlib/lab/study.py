@@ -197,7 +197,8 @@ def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") 
         rows[arm] = {"seeds": len(values), "mean": values.mean(skipna=False)}
         rows[arm] |= verdict(table, arm, baseline, measure) if arm != baseline else {}
     columns = ["seeds", "mean", "pairs", "difference", "low", "high", "verdict"]
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).rename_axis("arm")
+    summary = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+    return summary.rename_axis("arm").astype({"pairs": "Int64"})
 
 
 def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFrame:
