@@ -13,40 +13,38 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hdlib import DistillConfig, Run, Widths
+from hdlib.lab import verdict
 from hdlib.lab.cost import course, operations
 from hdlib.models import language_model_class, shape_of
 
 from .study import ConfigError, Scale, Study, parameters
+
+VERDICTS = {"higher": "holds", "lower": "reversed"}
 
 
 def answers(study: Study, table: pd.DataFrame) -> list[dict]:
     """Test every expectation against the final numbers of the runs.
 
     Returns:
-        For each expectation its claim; `difference` (higher minus lower, mean over the seeds that both arms
-        have), `lowest`, `highest`; `seeds`; and `verdict`: "holds" on all seeds, "reversed" on all seeds, or "tie".
+        For each expectation its claim, its measure, and `hdlib.lab.verdict` of the arm that should be higher against
+        the other: None for a number that does not exist, "holds" for "higher" and "reversed" for "lower".
     """
     found = []
     for expectation in study.expectations:
-        measure, lower, higher = (expectation[name] for name in ("measure", "lower", "higher"))
-        answer = {"claim": expectation["claim"], "measure": measure, "seeds": 0, "verdict": "not measured"}
-        by_seed = table.pivot(index="seed", columns="arm", values=measure).reindex(columns=[lower, higher])
-        difference = (by_seed[higher] - by_seed[lower]).dropna()
-        if len(difference):
-            low, high = float(difference.min()), float(difference.max())
-            verdict = "holds" if low > 0 else "reversed" if high < 0 else "tie"
-            answer |= {"seeds": len(difference), "verdict": verdict}
-            answer |= {"difference": float(mean(difference)), "lowest": low, "highest": high}
-        found.append(answer)
+        answer = verdict(table, expectation["higher"], expectation["lower"], expectation["measure"])
+        answer = {name: None if value != value else value for name, value in answer.items()}
+        answer["verdict"] = VERDICTS.get(answer["verdict"], answer["verdict"])
+        found.append({"claim": expectation["claim"], "measure": expectation["measure"]} | answer)
     return found
 
 
 def describe(answer: dict) -> str:
     """One line for an answer."""
-    if not answer["seeds"]:
-        return f"{answer['claim']}: not measured"
-    spread = f"{answer['difference']:+.3f} [{answer['lowest']:+.3f}, {answer['highest']:+.3f}]"
-    return f"{answer['claim']}: {answer['verdict']} ({answer['measure']} {spread}, {answer['seeds']} seeds)"
+    text = f"{answer['claim']}: {answer['verdict']}"
+    if answer["difference"] is None:
+        return text
+    interval = "" if answer["low"] is None else f" [{answer['low']:+.3f}, {answer['high']:+.3f}]"
+    return f"{text} ({answer['measure']} {answer['difference']:+.3f}{interval}, seeds: {answer['pairs']})"
 
 
 def estimate(study: Study, measured: Path, scale: Scale) -> str:

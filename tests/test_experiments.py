@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -19,6 +20,7 @@ import hdlib
 from experiments import __main__ as command
 from experiments import report, runner, study
 from experiments.study import ConfigError, Scale, Study
+from hdlib.lab.study import ENOUGH
 
 PARAMETERS = """
 arms: list = ["good", "better"]  # which
@@ -114,8 +116,8 @@ def test_a_grid_gives_a_table_and_a_figure(workshop, monkeypatch, capsys, tmp_pa
     kept = json.loads((folder / "study.json").read_text())
     assert kept["parameters"]["steps"] == 3 and len(kept["table"]) == 4
     (answer,) = kept["answers"]
-    assert answer["verdict"] == "holds" and answer["seeds"] == 2 and answer["difference"] == pytest.approx(1.0)
-    assert "better is better: holds (kl +1.000 [+1.000, +1.000], 2 seeds)" in capsys.readouterr().out
+    assert answer["verdict"] == "exploratory" and answer["pairs"] == 2 and answer["difference"] == pytest.approx(1.0)
+    assert "better is better: exploratory (kl +1.000 [+1.000, +1.000], seeds: 2)" in capsys.readouterr().out
     # Finished cells are not repeated.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
     assert run(monkeypatch, "toy") == 0
@@ -305,17 +307,27 @@ def test_every_study_fits_its_notebook_at_every_scale():
             values = study.parameters(chosen, Scale.load(scale), {})
             assert len(study.cells(chosen, values)) >= len(values["seeds"])
             assert scale == "smoke" or len(values["seeds"]) >= 3
+    assert len(Study.load("one_shot_vs_iterative").seeds) == ENOUGH, "the headline row has a verdict"
 
 
 def test_verdicts_by_hand():
     toy = Study("toy", "?", Path("x"), {}, [1], STUDY["expectations"])
-    rows = {"holds": [1.0, 0.1], "reversed": [-1.0, -0.1], "tie": [1.0, -0.1]}
+    rows = {
+        "holds": [1.0, 1.1, 1.2, 1.1, 1.0],
+        "reversed": [-1.0, -1.1, -1.2, -1.1, -1.0],
+        "no difference shown": [0.1, 0.1, 0.1, 0.1, 1.0],
+        "exploratory": [1.0, 1.1, 1.2],
+        "one seed": [1.0],
+        "not measured": [],
+        "not finite on seed 1": [1.0, np.nan, 1.0, 1.0, 1.0],
+    }
     for verdict, differences in rows.items():
         table = [("good", seed, 2.0 + d) for seed, d in enumerate(differences)]
         table += [("better", seed, 2.0) for seed, _ in enumerate(differences)]
         (answer,) = report.answers(toy, pd.DataFrame(table, columns=["arm", "seed", "kl"]))
-        assert answer["verdict"] == verdict and answer["seeds"] == 2
-        assert (answer["lowest"], answer["highest"]) == pytest.approx((min(differences), max(differences)))
+        assert answer["verdict"] == verdict and answer["pairs"] == len(differences)
+        json.dumps(answer, allow_nan=False)
+        assert report.describe(answer).startswith(f"better is better: {verdict}")
 
 
 def test_the_estimate_is_proportional_to_the_steps(teacher, tokenizer, blocks, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hdlib
-from hdlib import DistillConfig, Widths
+from hdlib import DistillConfig, Widths, lab
 from hdlib.lab import Study
 from hdlib.losses import TERMS
 from hdlib.runs import Run
@@ -119,14 +119,6 @@ def test_measures_around_prunes(teacher, tokenizer, blocks, tmp_path):
     assert list(after.index) == [0, *pruned, 24]
     assert before.tolist() == pytest.approx([0.0, *after.loc[pruned].iloc[:-1]], rel=1e-5, abs=1e-9)
     assert after.loc[pruned].iloc[-1] > 0
-    figure = hdlib.lab.plot_prunes(Run.load(tmp_path))
-    assert len(figure.axes[0].collections[0].get_segments()) == len(pruned)
-
-
-def test_prunes_without_measures_cannot_be_drawn(teacher, tokenizer, blocks, tmp_path):
-    run = distilled(teacher, tokenizer, blocks, tmp_path, steps=4)
-    with pytest.raises(ValueError, match="eval_prunes=True"):
-        hdlib.lab.plot_prunes(run)
 
 
 def test_layers_against_numpy(tokenizer, blocks):
@@ -255,16 +247,67 @@ def test_the_table_holds_final_numbers(study):
     assert np.isnan(table.loc["wide", "encoder_parameters"]), "no stock student"
 
 
+def arms_table(**arms: dict[int, float]) -> pd.DataFrame:
+    rows = [(arm, seed, kl) for arm, values in arms.items() for seed, kl in values.items()]
+    return pd.DataFrame(rows, columns=["arm", "seed", "kl"])
+
+
+def test_the_interval_by_hand():
+    """Mean 3, standard error sqrt(2.5 / 5), and 2.776445, the 0.975 quantile of Student's t with 4 degrees."""
+    table = arms_table(a=dict.fromkeys(range(5), 1.0), b={seed: 2.0 + seed for seed in range(5)})
+    found = lab.verdict(table, "b", "a")
+    half = 2.776445 * 0.5**0.5
+    assert found["pairs"] == 5 and found["verdict"] == "higher"
+    assert [found[name] for name in ("difference", "low", "high")] == pytest.approx([3, 3 - half, 3 + half])
+    assert lab.verdict(table, "a", "b")["verdict"] == "lower"
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([0.1, 0.2, 1.0], "exploratory"),
+        ([0.25, 0.25, 0.25], "exploratory"),
+        ([0.1, 0.1, 0.1, 0.1, 1.0], "no difference shown"),
+        ([0.0] * 5, "no difference shown"),
+        ([0.1], "one seed"),
+        ([], "not measured"),
+    ],
+)
+def test_seeds_of_one_sign_are_no_verdict(differences, word):
+    table = arms_table(a=dict.fromkeys(range(9), 1.0), b={seed: 1 + each for seed, each in enumerate(differences)})
+    found = lab.verdict(table, "b", "a")
+    assert found["verdict"] == word and found["pairs"] == len(differences)
+    if len(differences) > 1:
+        assert found["low"] <= np.mean(differences) <= found["high"]
+    else:
+        assert np.isnan(found["low"])
+
+
+def test_arms_are_paired_by_seed_not_by_order():
+    table = arms_table(a={1: 1.0, 2: 2.0, 3: 9.0}, b={4: 7.0, 2: 2.5, 1: 1.5})
+    found = lab.verdict(table, "b", "a")
+    assert (found["pairs"], found["difference"]) == (2, 0.5) and found["low"] == found["high"] == 0.5
+    with pytest.raises(ValueError, match="duplicate keys"):
+        lab.verdict(pd.concat([table, table]), "b", "a")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_run_is_named(value):
+    table = arms_table(a=dict.fromkeys(range(6), 1.0), b=dict.fromkeys(range(5), 2.0) | {5: value})
+    found = lab.verdict(table, "b", "a")
+    assert found["verdict"] == "not finite on seed 5" and np.isnan(found["difference"])
+    compared = lab.paired_differences(table, "a")
+    assert not np.isfinite(compared.loc["b", "mean"]), "not averaged away"
+
+
 def test_comparison_by_hand():
-    rows = [("a", 1, 2.0), ("a", 2, 3.0), ("b", 1, 2.5), ("b", 2, 2.9), ("b", 3, 9.0)]
-    table = pd.DataFrame(rows, columns=["arm", "seed", "kl"])
-    compared = hdlib.lab.paired_differences(table, "a")
+    table = arms_table(a={1: 2.0, 2: 3.0}, b={1: 2.5, 2: 2.9, 3: 9.0})
+    compared = lab.paired_differences(table, "a")
     b = compared.loc["b"]
-    assert b["seeds"] == 3 and b["mean"] == pytest.approx(4.8) and (b["lowest"], b["highest"]) == (2.5, 9.0)
+    assert (b["seeds"], b["pairs"]) == (3, 2) and b["mean"] == pytest.approx(4.8)
     assert b["difference"] == pytest.approx(0.2), "over the common seeds"
-    assert (b["lowest difference"], b["highest difference"]) == (pytest.approx(-0.1), pytest.approx(0.5))
-    assert b["worse"] == 0.5 and np.isnan(compared.loc["a", "difference"])
-    assert hdlib.lab.paired_differences(table[table["arm"] == "b"], "a")["difference"].isna().all()
+    assert b["verdict"] == "exploratory" and compared.loc["a", ["difference", "verdict"]].isna().all()
+    assert lab.paired_differences(table[table["arm"] == "b"], "a").loc["b", "verdict"] == "not measured"
 
 
 def test_overlap_by_hand(tmp_path):
@@ -280,7 +323,6 @@ def test_overlap_by_hand(tmp_path):
     assert shares.loc["a", "a"] == 0.5 and shares.loc["a", "b"] == shares.loc["b", "a"] == 0.25
     assert np.isnan(shares.loc["b", "b"])
     assert hdlib.lab.overlap(trained, "ffn").loc["a", "b"] == 0.5
-    assert len(hdlib.lab.plot_overlap(shares).axes[0].texts) == 3
     with pytest.raises(ValueError, match="no neurons of a group 'fnn'"):
         hdlib.lab.overlap(trained, "fnn")
 
@@ -301,7 +343,5 @@ def test_figures_show_the_measured_numbers(study):
     assert seconds.lines[0].get_xdata()[-1] == pytest.approx(table.loc[table["arm"] == "cubic", "seconds"].mean())
     ends = hdlib.lab.plot_ends(table, "kl", "cubic").axes[0]
     assert [label.get_text() for label in ends.get_yticklabels()] == ["cubic", "one shot"]
-    ladder = hdlib.lab.plot_ladder(table, "encoder_parameters").axes[0]
-    assert ladder.get_xscale() == "log" and len(ladder.lines) == 4
     layers = hdlib.lab.plot_layers(trained["cubic"][0], "attention").axes[0]
     assert layers.collections[0].get_array().shape == (2, 3)

@@ -2,11 +2,12 @@
 
 from importlib import import_module
 
+from .. import _MOVED
+
 _NAMES = {
-    "study": "Study final_table overlap paired_differences pick save_result",
-    "plots": "mark_smoke plot_arms plot_coupling plot_discrepancy plot_ends plot_ladder plot_layers plot_losses "
-    "plot_map plot_overlap plot_prunes plot_schedule plot_scores plot_speed_up",
-    "run_figure": "plot_neurons plot_run",
+    "study": "Study final_table overlap paired_differences pick save_result verdict",
+    "plots": "mark_smoke panel plot_arms plot_discrepancy plot_ends plot_layers plot_losses plot_schedule",
+    "run_figure": "plot_run",
     "widgets": "LiveFigure chooser compare explore watch",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -19,6 +20,8 @@ def __getattr__(name: str):
         return import_module(f"{__name__}.{name}")
     if name in _MODULE_OF:
         return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MOVED:
+        raise ImportError(f"{__name__}.{name} has moved: use {_MOVED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

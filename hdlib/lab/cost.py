@@ -90,19 +90,6 @@ def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int
     return {name: median(values) for name, values in times.items()}
 
 
-def profiled_flops(model: PreTrainedModel, batch_size: int = 1, length: int = 128) -> int:
-    """Floating-point operations of one forward, head included, as PyTorch's profiler counts them.
-
-    It also counts element-wise sums and products, so the result is a little above `flops` plus the head.
-    """
-    model = deepcopy(model)
-    model.set_attn_implementation("eager")  # SDPA kernels are not counted
-    input_ids = _random_tokens(model, batch_size, length)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
-        model(input_ids)
-    return sum(event.flops for event in profiled.key_averages() if event.flops)
-
-
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Highest number of bytes that a call holds at the same time, beyond what was allocated before.
 

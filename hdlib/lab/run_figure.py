@@ -149,23 +149,10 @@ def _averaged(colours: np.ndarray) -> np.ndarray:
 def plot_run(run: Run, step: int | None = None) -> Figure:
     """One run at one step, the last if None; the static form of `hdlib.lab.explore`.
 
-    Left: held-out KL, hidden width, loss terms, error of the hidden states of each layer. Right: as `plot_neurons`.
+    Left: held-out KL, hidden width, loss terms, error of the hidden states of each layer. Right: every neuron of the
+    teacher at the last prune, the darker the more important, white if removed.
     """
     drawn = RunFigure(run)
     if step is not None:
         drawn.at(step)
     return drawn.figure
-
-
-def plot_neurons(run: Run, step: int | None = None) -> Figure:
-    """The neurons of the teacher at the last prune up to `step`: the darker the more important, white if removed.
-
-    Raises ValueError if no prune was recorded up to that step.
-    """
-    until = [at for at in run.pruned_at if step is None or at <= step]
-    if not until:
-        raise ValueError(f"{run.folder} has no prune recorded up to step {step}: it has those of {run.pruned_at}")
-    prune = run.prune(until[-1])
-    figure = plt.figure(figsize=(7, 5.4))
-    _Maps(figure, prune).show(prune)
-    return figure

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ from ..runs import Run, write_whole
 from . import cost
 
 MEASURES = ("kl", "agreement", "mlm", "accuracy", "hidden", "teacher_mlm")  # held out, at the last step
+ENOUGH = 5  # seeds for a verdict; three have the same sign by chance in one of four comparisons
 
 
 @dataclass(frozen=True)
@@ -147,22 +149,56 @@ def _final(run: Run) -> dict:
     return row
 
 
-def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataFrame:
-    """Compare every arm with a baseline, seed by seed; `table` is from `final_table`, and lower is better.
+def verdict(table: pd.DataFrame, arm: str, baseline: str, measure: str = "kl") -> dict:
+    """Compare two arms over the seeds that both have. `table` has the columns `arm`, `seed` and `measure`.
 
     Returns:
-        A row an arm. Over all its seeds: `seeds` (count), `mean`, `lowest`, `highest` of the measure. Over the seeds
-        that the baseline has too: `difference` (mean of arm minus baseline), `lowest difference`,
-        `highest difference`, and `worse`, the fraction on which the arm is higher; NaN for the baseline itself.
+        pairs: number of common seeds.
+        difference: mean of arm minus baseline, paired by seed.
+        low, high: 95 % interval of the difference, Student's t with pairs - 1 degrees of freedom; NaN for one pair.
+        verdict: "lower" or "higher" if the interval excludes 0, otherwise "no difference shown". Fewer than five pairs
+            are "exploratory", one is "one seed", none is "not measured". If a value is not finite, the verdict names
+            its seed, and the other numbers are NaN.
+
+    Raises:
+        ValueError: a seed occurs twice in an arm.
     """
-    by_seed = table.pivot(index="seed", columns="arm", values=measure)[table["arm"].unique()]
-    summary = by_seed.agg(["count", "mean", "min", "max"]).T.set_axis(["seeds", "mean", "lowest", "highest"], axis=1)
-    others = by_seed.drop(columns=baseline, errors="ignore")
-    paired = others.sub(by_seed.get(baseline, math.nan), axis=0)
-    summary["difference"] = paired.mean()
-    summary["lowest difference"], summary["highest difference"] = paired.min(), paired.max()
-    summary["worse"] = (paired > 0).sum() / paired.count()
-    return summary.rename_axis("arm").astype({"seeds": int})
+    from scipy.stats import t as student_t  # here, because its import is slow
+
+    one, other = (
+        table[table["arm"] == name].set_index("seed", verify_integrity=True)[measure] for name in (arm, baseline)
+    )
+    differences = (one - other)[one.index.intersection(other.index)].astype(float).where(np.isfinite)
+    pairs, centre = len(differences), differences.mean(skipna=False)
+    half = differences.sem(skipna=False) * student_t.ppf(0.975, pairs - 1)
+    found = {"pairs": pairs, "difference": centre, "low": centre - half, "high": centre + half}
+    return found | {"verdict": _word(differences, found["low"], found["high"])}
+
+
+def _word(differences: pd.Series, low: float, high: float) -> str:
+    if broken := [str(seed) for seed in differences.index[differences.isna()]]:
+        return f"not finite on seed {', '.join(broken)}"
+    if len(differences) < ENOUGH:
+        return {0: "not measured", 1: "one seed"}.get(len(differences), "exploratory")
+    if low > 0:
+        return "higher"
+    return "lower" if high < 0 else "no difference shown"
+
+
+def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") -> pd.DataFrame:
+    """Compare every arm with a baseline by `verdict`; `table` is from `final_table`.
+
+    Returns:
+        A row an arm: `seeds` (count) and `mean` of the measure over all its seeds, then what `verdict` returns; missing
+        for the baseline itself.
+    """
+    rows = {}
+    for arm, values in table.groupby("arm", sort=False)[measure]:
+        rows[arm] = {"seeds": len(values), "mean": values.mean(skipna=False)}
+        rows[arm] |= verdict(table, arm, baseline, measure) if arm != baseline else {}
+    columns = ["seeds", "mean", "pairs", "difference", "low", "high", "verdict"]
+    summary = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+    return summary.rename_axis("arm").astype({"pairs": "Int64"})
 
 
 def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFrame:
