@@ -44,6 +44,8 @@ class DistillConfig:
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
     masked: bool = option(False, "mask neurons during training and remove them at the end (the dense baseline)")
     recover: bool = option(False, "masked neurons may return until t_f; implies masks")
+    rotate: bool = option(False, "rotate heads before the first step, so that few dimensions carry most of them")
+    compensate: bool = option(False, "fold what a prune removes into the weights that stay, by least squares")
     scope: str = option("local", "local: the same quota in every layer; global: one ranking of all layers, with masks")
 
     # Loss
@@ -97,6 +99,11 @@ class DistillConfig:
             self.initial == "teacher" or not self.under_masks,
             f"initial={self.initial!r} starts at the target shape, but masked, recover and scope='global' mask a copy "
             "of the teacher; take initial='teacher'",
+        )
+        _require(
+            not (self.compensate and self.under_masks),
+            "compensate=True changes weights at every prune, which masks cannot undo: take masked=False, recover=False "
+            "and scope='local', or compensate=False",
         )
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 

@@ -20,12 +20,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import MAY_CHANGE, DistillConfig
-from .data import Masking, NextToken, TrainingBatches, as_blocks, sample
+from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
 from .models import frozen_copy, recording
 from .precision import bfloat16_gain, recompute_casts, resolve_precision
+from .reconstruction import rotate_heads
 from .runs import RECORDED, Prune, Run
 from .training import Pruned, Training, in_any_process
 from .widths import Widths, family, width_groups
+
+ROTATED = 128  # blocks whose moments decide how heads are rotated
 
 
 class Diverged(ArithmeticError):
@@ -78,6 +81,9 @@ def distill(
         if run.finished:
             return run
         teacher = frozen_copy(teacher, accelerator.device)
+        if config.rotate:
+            few = batches(sample(train, ROTATED), 16, accelerator.device)
+            rotate_heads(teacher, (batch["input_ids"] for batch in few))
         held_out = sample(validation, config.eval_blocks)
         config = replace(config, precision=run.arguments["precision"])
         training = Training.begin(teacher, target, held_out, config, run if resume else None)
@@ -86,10 +92,10 @@ def distill(
         task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
         process = accelerator.process_index, accelerator.num_processes
         data = TrainingBatches(train, task, config.batch_size, config.seed, process)
-        batches = map(data.__getitem__, range(training.step, config.steps))
+        steps = map(data.__getitem__, range(training.step, config.steps))
         shown = {"desc": run.folder.name, "unit": "step", "disable": not accelerator.is_main_process}
         with tqdm(total=config.steps, initial=training.step, **shown) as bar:
-            _homotopy(training, batches, _Reporter(accelerator, run, training, tokenizer, on_step, bar))
+            _homotopy(training, steps, _Reporter(accelerator, run, training, tokenizer, on_step, bar))
         _finish(accelerator, run, training, tokenizer)
     return run
 

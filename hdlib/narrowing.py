@@ -59,7 +59,7 @@ def narrow(
     _check_optimizer(model, optimizer)
     # A GPT-2 may not scale its attention.
     scale = math.sqrt(new.head_dim / old.head_dim) if getattr(model.config, "scale_attn_weights", True) else 1.0
-    sites = _sites(model)
+    sites = sites_of(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.shape != stock.get_parameter(name).shape:
             _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
@@ -189,7 +189,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def _sites(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+def sites_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) that holds each parameter: more than one where weights are tied."""
     sites: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
 from .masks import Masks, applied
 from .models import SAFE_LOADING, forward, no_progress_bars, random_student, student_of
-from .narrowing import narrow
+from .narrowing import choose, narrow
 from .precision import cast_once
+from .reconstruction import WINDOW, Compensation
 from .runs import Run
 from .scorers import scorer
-from .widths import Widths, all_neurons
+from .widths import Widths, all_neurons, source_layers
 
 
 class Pruned(NamedTuple):
@@ -47,6 +49,7 @@ class Training:
         self.loss = DistillationLoss(*sizes, **options).to(teacher.device)
         self.importance = scorer(config.scorer, **config.scorer_options())
         self.masks = Masks(student, self.loss, config.scope, config.recover) if config.under_masks else None
+        self.compensation = Compensation() if config.compensate else None
         self.optimizer = _optimizer(student, self.loss, config)
         warmup = round(config.warmup * config.steps)
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
@@ -79,11 +82,13 @@ class Training:
         return {"step": self.step, "seconds": self.seconds, "kept": self._kept} | parts
 
     def _parts(self) -> dict:
-        names = ("loss", "importance", "optimizer", "learning_rate", "masks")
+        names = ("loss", "importance", "optimizer", "learning_rate", "masks", "compensation")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def start_step(self, step: int) -> None:
         self.step, self._started = step, perf_counter()
+        if self.compensation is not None:
+            self.compensation.start_step()
 
     def stop_clock(self) -> None:
         self.last_seconds = perf_counter() - self._started
@@ -94,7 +99,7 @@ class Training:
         sums, processes = Counter(), PartialState().num_processes
         label_count = int(batch["label_count"])
         for input_ids, labels, fraction in micro_batches(batch, self.config.micro_batch_size, self.teacher.device):
-            with applied(self.masks):
+            with applied(self.masks), self._recording():
                 terms = self._losses(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
                 terms.total.backward()
             sums.update(terms.named())
@@ -109,6 +114,12 @@ class Training:
             over_labels = {"mlm"} if self.loss.positions == "all" else {"mlm", "prediction"}
             sums = {name: value for name, value in sums.items() if name not in over_labels}
         return dict(sums)
+
+    def _recording(self) -> AbstractContextManager:
+        """Moments for the compensation of a prune that is due within a few steps."""
+        soon = self.config.widths_at(self.step + WINDOW, self.teacher, self.target)
+        due = self.compensation is not None and soon != self.widths
+        return self.compensation.recording(self.student) if due else nullcontext()
 
     def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
         """Both models on the same tokens (b, S); the heads run at the loss positions only."""
@@ -128,6 +139,9 @@ class Training:
         if self.masks is not None:
             self.masks.choose(widths, pruned.scores)
         else:
+            if self.compensation is not None:
+                layers = source_layers(self.student)
+                self.compensation.apply(self.student, self.loss, choose(pruned.scores, self.widths, widths, layers))
             kept = narrow(self.student, widths, pruned.scores, self.optimizer)
             self.importance.narrow(kept)
             self.loss.narrow(kept, self.optimizer)
