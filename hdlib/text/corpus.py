@@ -333,9 +333,9 @@ def _pack(
             with FileLock(cache / f"{name}.lock"):  # the first of several processes makes them
                 made.append(part.map(pack, **options))
             bar.update(len(part))
-    if not made:
+    if not made and count is None:
         raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
-    return concatenate_datasets(made)
+    return concatenate_datasets(made) if made else Dataset.from_dict({"input_ids": []})
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], list]:

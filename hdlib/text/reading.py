@@ -48,11 +48,12 @@ def text_files(paths: list[Path]) -> dict[Path, bool]:
 
 
 def _is_held_out(names: list[str]) -> bool:
-    """Whether the first of the names that has the word of a split has one of held-out text."""
-    words = (set(re.findall(r"[^\W\d_]+", name.lower())) for name in names)
-    return not next((each for each in words if each & SPLIT_NAMES), SPLIT_NAMES - {*HELD_OUT_NAMES}).isdisjoint(
-        HELD_OUT_NAMES
-    )
+    """Whether the first name with a word of `SPLIT_NAMES` has one of held-out text."""
+    for name in names:
+        words = set(re.findall(r"[^\W\d_]+", name.lower()))
+        if words & SPLIT_NAMES:
+            return not words.isdisjoint(HELD_OUT_NAMES)
+    return False
 
 
 def _shown(folder: Path) -> Iterator[Path]:
@@ -156,16 +157,18 @@ def _has_paragraphs(file: Path) -> bool:
 
 def _column(file: Path, column: str) -> Iterator[str]:
     """The texts of the rows that have one. Raises ValueError if no row has the column."""
-    first, found = None, False
+    without, found = None, False
     for number, row in _rows(file, column):
         if not isinstance(row, dict):
             raise ValueError(f"{file}, row {number} is a {type(row).__name__}: write an object with {column!r}")
-        first = first or row
-        if _field(row, column) is not MISSING:
-            found = True
+        value = _field(row, column)
+        if value is MISSING:
+            without = row if without is None else without
+        else:
+            found = found or column in row or value is not None  # a field of a missing value can have any name
             yield text_of(row, column, f"{file}, row {number}") or ""
-    if first and not found:
-        text_of(first, column, f"{file}")
+    if without is not None and not found:
+        text_of(without, column, str(file))
 
 
 def _rows(file: Path, column: str) -> Iterator[tuple[int, object]]:
