@@ -259,7 +259,8 @@ def break_one(files, column, draw) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("seed", range(max(12, CONFIGS // 2)))
 def test_any_folder_is_blocks_or_a_paragraph(seed, letters, tmp_path):
-    draw, root = random.Random(seed), tmp_path / "test" / draw.choice(ODD)
+    draw = random.Random(seed)
+    root = tmp_path / "test" / draw.choice(ODD)
     kind, column = draw.choice(["txt", "jsonl", "json", "parquet"]), draw.choice(["text", "text", "a.b", "ñ"])
     column = "text" if kind == "txt" else column
     expected, files = {"train": [], "validation": []}, []
