@@ -59,7 +59,9 @@ def test_held_out_blocks_are_drawn_from_all_documents(tmp_path, letters):
     assert len(everything) == 2810 // 14 and sorted(text_of(everything, letters).split()) == sorted(
         text_of(hdlib.load_corpus(tmp_path, letters, 16, validation_blocks=201, seed=1)[1], letters).split()
     )
-    refused("validation_blocks must be at least 1; got 0", tmp_path, letters, validation_blocks=0)
+    refused("validation_blocks must be at least 1", tmp_path, letters, validation_blocks=0)
+    refused("seed", tmp_path, letters, seed=-1)
+    refused("text_column must be", tmp_path, letters, text_column=5)
 
 
 def test_blocks_held_out_of_few_documents_are_drawn_from_all(tmp_path, letters):
@@ -129,6 +131,22 @@ def test_the_home_folder(tmp_path, tokenizer, monkeypatch):
         assert documents_of(source) == [(ASKED * 50).strip()]
     assert len(documents_of(["~/a.txt", Path("~/b.txt")])) == len(documents_of("~")) == 2
     refused("no file or folder", "~nobody-here/a/b.txt", tokenizer, FileNotFoundError)
+
+
+def test_a_hub_data_set_that_cannot_be_loaded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "some___corpus").mkdir()  # as if it had been loaded before
+    for problem, kind in ((ConnectionError("away"), FileNotFoundError), (RuntimeError("a\n\nscript"), ValueError)):
+
+        def fail(*_, problem=problem, **__):
+            raise problem
+
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        refused("'some/corpus' could not be loaded: a", "some/corpus", tokenizer, kind)
+    with_test = DatasetDict({name: Dataset.from_dict({"text": [name]}) for name in ("train", "test", "unsupervised")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: with_test)
+    found = load_documents("some/corpus")
+    assert {split: part["text"][:] for split, part in found.items()} == {"train": ["train"], "validation": ["test"]}
 
 
 def test_a_named_file_of_another_type(tmp_path, tokenizer):
@@ -225,9 +243,7 @@ def test_training_text_that_is_also_held_out(tmp_path, tokenizer):
     with pytest.warns(UserWarning):
         refused("no file to train on", tmp_path, tokenizer)
     (tmp_path / "train.txt").write_text("\n\n".join([*sentences(300), ASKED * 50]))
-    with pytest.warns(
-        UserWarning, match="1 of 1 held-out documents are also in the training part, such as 'the student"
-    ):
+    with pytest.warns(UserWarning, match="1 of 1 held-out documents are also in the training part"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
 
 

@@ -23,17 +23,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from filelock import FileLock
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer
@@ -110,8 +100,8 @@ def load_corpus(
         raise ValueError(
             f"length must be from {SHORTEST} to the {tokenizer.model_max_length} positions of the teacher; got {length}"
         )
-    if validation_blocks < 1:
-        raise ValueError(f"validation_blocks must be at least 1; got {validation_blocks}")
+    if validation_blocks < 1 or seed < 0:
+        raise ValueError(f"validation_blocks must be at least 1 and seed 0; got {validation_blocks} and {seed}")
     causal = tokenizer.mask_token_id is None if causal is None else causal
     documents = {split: [part] for split, part in load_documents(name_or_path, text_column, subset, streaming).items()}
     if "validation" not in documents:
@@ -138,12 +128,12 @@ def load_documents(
     name_or_path: Corpus, text_column: str = "text", subset: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
     """The texts of `train` and, if the source has one, of `validation`. Arguments and errors as for `load_corpus`."""
+    if not isinstance(text_column, str):
+        raise ValueError(f"text_column must be the name of a column; got {text_column!r}")
     if isinstance(name_or_path, Dataset | IterableDataset | DatasetDict | IterableDatasetDict):
         return _from_datasets(name_or_path, text_column, "the data set")
     names = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
-    if not names:
-        raise ValueError("the corpus is an empty list: name a file, a folder, or a data set on the hub")
-    if wrong := [name for name in names if not isinstance(name, str | Path) or not str(name).strip()]:
+    if wrong := [name for name in names or [names] if not isinstance(name, str | Path) or not str(name).strip()]:
         raise ValueError(
             f"a corpus is a path, a list of paths, a data set or its name on the hub; got {wrong[0]!r:.50}"
         )
@@ -158,15 +148,21 @@ def load_documents(
 def _from_hub(name: str, column: str, subset: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     cached = exists(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))
     check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=5), "data set")
-    return _from_datasets(load_dataset(name, subset, streaming=streaming), column, name)
+    try:
+        found = datasets.load_dataset(name, subset, streaming=streaming)
+    except Exception as error:  # has many causes: no connection, no such configuration, a script
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"the data set {name!r} could not be loaded: {' '.join(str(error).split())}") from error
+    return _from_datasets(found, column, name)
 
 
 def _from_disk(folder: Path, column: str) -> dict[str, Dataset]:
     """What `save_to_disk` wrote."""
-    if "::" in str(folder.absolute()):
-        raise ValueError(f"{folder} cannot be read: `datasets` takes :: for a chain of addresses; rename the folder")
+    path = str(folder.absolute())
     try:
-        found = load_from_disk(str(folder.absolute()))
+        if "::" in path:
+            raise ValueError("`datasets` takes :: for a chain of addresses; rename the folder")
+        found = datasets.load_from_disk(path)
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise ValueError(f"{folder} could not be read as a folder of save_to_disk: {error}") from error
     return _from_datasets(found, column, str(folder))
@@ -190,7 +186,8 @@ def _only_text(part: Dataset | IterableDataset, column: str, where: str) -> Data
     if isinstance(part, IterableDataset):
         return part.map(text, with_indices=True).select_columns([column])
     names = part.column_names
-    part = part if column in names else part.flatten()  # "a.b" becomes a column
+    if column not in names and "." in column:
+        part = part.flatten(max_depth=column.count(".") + 1)  # "a.b" becomes a column
     if column not in part.column_names:
         raise ValueError(f"{where} has no column {column!r}: set text_column to one of {names}")
     part = part.select_columns([column])
@@ -209,29 +206,27 @@ def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Da
         raise ValueError(f"{where} has files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     state = _state(held_out)
     digests = {file: _checked(file) for file in held_out}
-    kept = {
-        digests[file]: file for file in sorted(reversed(held_out), key=held_out.get)
-    }  # the held-out copy of several
-    if copies := [file for file in held_out if kept[digests[file]] != file]:
-        named = ", ".join(f"{file} (as {kept[digests[file]]})" for file in copies[:3])
+    train, validation = ([file for file in held_out if held_out[file] is side] for side in (False, True))
+    read = {digests[file]: file for file in [*reversed(train), *reversed(validation)]}  # held-out files come first
+    if copies := [f"{file} (as {read[digests[file]]})" for file in held_out if file not in read.values()]:
+        named = ", ".join(copies[:3])
         warnings.warn(f"{len(copies)} files have the content of another file and are not read: {named}", stacklevel=4)
-    parts = {"train": [], "validation": []}
-    for file in sorted(set(held_out) - set(copies), key=list(held_out).index):
-        parts["validation" if held_out[file] else "train"].append(file)
-    if not parts["train"]:
-        if not all(held_out.values()):
-            raise ValueError(f"{where} has no file to train on that is not also held out: remove the copies")
-        files = ", ".join(map(str, parts["validation"][:3]))
-        warnings.warn(f"all files have names of held-out text and are read as one corpus: {files}", stacklevel=4)
-        parts = {"train": parts["validation"]}
-    found = {}
-    for split, files in ((split, files) for split, files in parts.items() if files):
-        arguments, features = {"files": files, "column": column}, Features({column: Value("string")})
-        if streaming:
-            found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
-        else:
-            name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
-            found[split] = _stored(documents(files, column), features, name, lambda: _state(held_out) == state)
+    if not train:
+        named = ", ".join(map(str, validation[:3]))
+        warnings.warn(f"all files have names of held-out text and are read as one corpus: {named}", stacklevel=4)
+        train, validation = validation, []
+    elif not set(train) & set(read.values()):
+        raise ValueError(f"{where} has no file to train on that is not also held out: remove the copies")
+    found, schema = {}, pa.schema({column: pa.string()})
+    for split, files in (("train", train), ("validation", validation)):
+        if files := [file for file in files if file in read.values()]:
+            arguments = {"files": files, "column": column}
+            if streaming:
+                features = datasets.Features.from_arrow_schema(schema)
+                found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
+            else:
+                name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
+                found[split] = _stored(documents(**arguments), schema, name, lambda: _state(held_out) == state)
     return found
 
 
@@ -240,20 +235,20 @@ def _state(files: Iterable[Path]) -> list[tuple[int, int]]:
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _stored(rows: Iterator[dict], features: Features, name: str, unchanged: Callable[[], bool]) -> Dataset:
-    """The documents in the cache; the first of several processes writes them."""
+def _stored(rows: Iterator[dict], schema: pa.Schema, name: str, unchanged: Callable[[], bool]) -> Dataset:
+    """The rows, from the cache; the first of several processes writes them."""
     path = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_documents" / f"{name}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            schema = features.arrow_schema
-            with pa.ipc.new_stream(f"{path}.draft", schema) as writer:
+    draft = path.with_suffix(".draft")
+    with FileLock(path.with_suffix(".lock")):
+        if missing := not path.exists():
+            with pa.ipc.new_stream(str(draft), schema) as writer:
                 for several in iter(lambda: list(islice(rows, TOGETHER)), []):
-                    writer.write_batch(pa.RecordBatch.from_pylist(several, schema=schema))
+                    columns = [[row[column] for row in several] for column in schema.names]
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
         if not unchanged():
             raise ValueError("a file of the corpus was changed while it was being read: load the corpus again")
-        if not path.exists():
-            Path(f"{path}.draft").rename(path)
+        if missing:
+            draft.rename(path)
     stored = Dataset.from_file(str(path))
     stored._fingerprint = name
     return stored
@@ -335,36 +330,29 @@ def _pack(
             bar.update(len(part))
     if not made and count is None:
         raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
-    return concatenate_datasets(made) if made else Dataset.from_dict({"input_ids": []})
+    return concatenate_datasets(made or [Dataset.from_dict({"input_ids": []})])
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], list]:
-    """A function from texts to token ids that takes special tokens for plain text, and all that it depends on."""
-    if tokenizer.is_fast:
-        definition = [tokenizer.backend_tokenizer.to_str()]
-        copy = Tokenizer.from_str(definition[0])  # the tokenizer keeps its truncation and padding
-        copy.no_truncation(), copy.no_padding()
-        copy.encode_special_tokens = True  # as plain text
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            return [tokens.ids for tokens in copy.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-        with TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            saved = [file.read_bytes() for file in sorted(Path(folder).iterdir())]
-        definition = [
-            type(tokenizer).__module__,
-            type(tokenizer).__qualname__,
-            sorted(tokenizer.get_vocab().items()),
-            saved,
-        ]
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """A function from texts to token ids that takes special tokens for plain text, and a digest of its definition."""
     names = sorted({name for name in tokenizer.all_special_tokens if len(name) > 1})[::-1]  # a prefix is last
     special, unknown = set(tokenizer.convert_tokens_to_ids(names)), tokenizer.unk_token_id
     pattern = re.compile("|".join(map(re.escape, names)))
+    definition = [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else [str(type(tokenizer))]
+    if tokenizer.is_fast:
+        copy = Tokenizer.from_str(definition[0])  # the tokenizer keeps its truncation and padding
+        copy.no_truncation(), copy.no_padding()
+        copy.encode_special_tokens = True  # as plain text
+    else:
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            definition += [file.read_bytes() for file in sorted(Path(folder).iterdir())]
+        definition += sorted(tokenizer.get_vocab().items())
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if tokenizer.is_fast:
+            return [tokens.ids for tokens in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def plain(texts: list[str]) -> list[list[int]]:
         encoded = encode(texts)
@@ -375,7 +363,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], 
                 encoded[number] = [token for token in ids if token not in special or token == unknown]
         return encoded
 
-    return plain, [definition, names, sorted(special), unknown]
+    return plain, _digest(definition, names, sorted(special), unknown)
 
 
 def _check_unknown(blocks: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -393,18 +381,16 @@ def _check_unknown(blocks: Dataset, tokenizer: PreTrainedTokenizerBase, where: s
 
 
 def _warn_of_common_documents(train: list, validation: list, column: str) -> None:
-    """Look up the first 10,000 held-out documents in the training part, unless they are streams."""
+    """Look up the first 10,000 held-out documents in the training part, unless one of them is a stream."""
     if any(isinstance(part, IterableDataset) for part in train + validation):
         return
-    texts = validation[0][:COMPARED][column]
-    wanted, common = pa.array([text for text in texts if text], pa.large_string()), set()
+    wanted, common = pa.array(filter(None, validation[0][:COMPARED][column]), pa.large_string()), set()
     for table in chain.from_iterable(part.with_format("arrow").iter(10_000) for part in train):
         common.update(pc.index_in(table[column].cast(pa.large_string()), wanted).drop_null().unique().to_pylist())
     if common:
-        first = wanted[min(common)].as_py()
         warnings.warn(
-            f"{len(common)} of {len(wanted)} held-out documents are also in the training part, such as {first[:50]!r}: "
-            "the held-out loss is too low; remove the copies",
+            f"{len(common)} of {len(wanted)} held-out documents are also in the training part, which lowers the "
+            f"held-out loss, such as {wanted[min(common)].as_py()[:50]!r}: remove the copies",
             stacklevel=3,
         )
 

@@ -97,7 +97,9 @@ def extension(file: Path) -> str:
 def opened(file: Path) -> BinaryIO:
     """The decompressed content. Reading raises an error if the end is missing."""
     codec = COMPRESSED.get(file.suffix.lower())
-    return lzma.open(file) if codec == "xz" else pa.input_stream(file.open("rb"), compression=codec)
+    if codec in (None, "xz"):
+        return (lzma.open if codec else open)(file, "rb")
+    return pa.input_stream(file.open("rb"), compression=codec)
 
 
 def text_of(row: dict, column: str, where: str) -> str | None:
