@@ -4,7 +4,8 @@ import gzip
 import json
 import warnings
 from collections import OrderedDict
-from itertools import chain, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import datasets
@@ -542,3 +543,23 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(tmp_path, tokenizer,
 def test_the_documents_depend_on_the_column(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one", "body": "two"}))
     assert [documents_of(tmp_path, text_column=name) for name in ("text", "body")] == [["one"], ["two"]]
+
+
+def test_documents_whose_reading_was_interrupted_are_read_again(tmp_path, monkeypatch):
+    texts = [f"{tmp_path} {text}" for text in sentences(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    whole = hdlib.text.corpus.documents
+
+    def interrupted(files, column):
+        yield from islice(whole(files, column), 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hdlib.text.corpus, "TOGETHER", 10)
+    monkeypatch.setattr(hdlib.text.corpus, "documents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_documents(tmp_path)
+    monkeypatch.setattr(hdlib.text.corpus, "documents", whole)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(documents_of, [tmp_path] * 2)) == [texts] * 2
+    monkeypatch.setattr(hdlib.text.corpus, "documents", interrupted)
+    assert documents_of(tmp_path) == texts, "from the cache"

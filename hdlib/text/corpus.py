@@ -68,9 +68,9 @@ def load_corpus(
     lines, each line. A document of more than 50,000 characters is cut into several. Special tokens in a text, such as
     a literal [MASK], are encoded as plain text.
 
-    A file is held out if its folder below the given one is named "validation", "valid", "val", "dev" or "test", or if
-    no folder has such a name or "train" and its own name contains such a word. If there is none, one document in 50
-    is held out. Hidden files and folders, and copies of another file, are not read.
+    The words "validation", "valid", "val", "dev" and "test" in a name mark held-out text. The nearest folder with such
+    a word or "train" decides for its files, else the name of the file. Folders above the given one do not count.
+    Without held-out files, one document in 50 is held out. Hidden files and copies of another file are not read.
 
     Args:
         name_or_path: "embedded", the documentation on this machine; a file or folder of txt, jsonl or json (also
@@ -91,8 +91,8 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub that cannot be reached.
-        ValueError: no text, text that is not UTF-8 (with file and byte), a column that does not exist, a value that is
-            no text (with file and row), a length that is too large for the teacher, or only unknown tokens.
+        ValueError: no text, text that is not UTF-8 (with file and byte), or a length too large for the teacher; a
+            column that does not exist or holds no text (with file and row); only unknown tokens.
     """
     if tokenizer is None:
         raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
@@ -206,28 +206,35 @@ def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Da
         raise ValueError(f"{where} has files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     state = _state(held_out)
     digests = {file: _checked(file) for file in held_out}
-    train, validation = ([file for file in held_out if held_out[file] is side] for side in (False, True))
-    read = {digests[file]: file for file in [*reversed(train), *reversed(validation)]}  # held-out files come first
-    if copies := [f"{file} (as {read[digests[file]]})" for file in held_out if file not in read.values()]:
-        named = ", ".join(copies[:3])
-        warnings.warn(f"{len(copies)} files have the content of another file and are not read: {named}", stacklevel=4)
-    if not train:
-        named = ", ".join(map(str, validation[:3]))
-        warnings.warn(f"all files have names of held-out text and are read as one corpus: {named}", stacklevel=4)
-        train, validation = validation, []
-    elif not set(train) & set(read.values()):
-        raise ValueError(f"{where} has no file to train on that is not also held out: remove the copies")
     found, schema = {}, pa.schema({column: pa.string()})
-    for split, files in (("train", train), ("validation", validation)):
-        if files := [file for file in files if file in read.values()]:
-            arguments = {"files": files, "column": column}
-            if streaming:
-                features = datasets.Features.from_arrow_schema(schema)
-                found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
-            else:
-                name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
-                found[split] = _stored(documents(**arguments), schema, name, lambda: _state(held_out) == state)
+    for split, files in _without_copies(held_out, digests, where).items():
+        arguments = {"files": files, "column": column}
+        if streaming:
+            features = datasets.Features.from_arrow_schema(schema)
+            found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
+        else:
+            name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
+            found[split] = _stored(documents(**arguments), schema, name, lambda: _state(held_out) == state)
     return found
+
+
+def _without_copies(held_out: dict[Path, bool], digests: dict[Path, str], where: str) -> dict[str, list[Path]]:
+    """The files of each part, the first one of each content; of equal files in both parts, the held-out one."""
+    by_part = sorted(held_out, key=held_out.get, reverse=True)
+    first = {digests[file]: file for file in reversed(by_part)}
+    parts = {"train": [], "validation": []}
+    for file in (file for file in held_out if first[digests[file]] == file):
+        parts["validation" if held_out[file] else "train"].append(file)
+    if copies := [f"{file} (as {first[digests[file]]})" for file in held_out if first[digests[file]] != file]:
+        named = ", ".join(copies[:3])
+        warnings.warn(f"{len(copies)} files have the content of another file and are not read: {named}", stacklevel=5)
+    if all(held_out.values()):
+        named = ", ".join(map(str, parts["validation"][:3]))
+        warnings.warn(f"all files have names of held-out text and are read as one corpus: {named}", stacklevel=5)
+        return {"train": parts["validation"]}
+    if not parts["train"]:
+        raise ValueError(f"{where} has no file to train on that is not also held out: remove the copies")
+    return {split: files for split, files in parts.items() if files}
 
 
 def _state(files: Iterable[Path]) -> list[tuple[int, int]]:
