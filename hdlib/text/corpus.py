@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from os.path import exists
 from pathlib import Path
@@ -114,7 +114,7 @@ def load_corpus(
         drawn, rest = np.split(drawn, [max(1, len(drawn) // HELD_OUT)])
         blocks = {"train": blocks["train"].select(np.sort(rest)), "validation": blocks["train"]}
     blocks["validation"] = blocks["validation"].select(drawn[:validation_blocks])
-    source = name_or_path if isinstance(name_or_path, str | Path | list) else "the data set"
+    source = name_or_path if isinstance(name_or_path, str | Path | list | tuple) else "the data set"
     for split, part in blocks.items():
         if len(part) == 0:
             raise ValueError(f"{source}: the {split} part has too little text for one block of {length} tokens")
@@ -352,7 +352,8 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], 
         copy.encode_special_tokens = True  # as plain text
     else:
         with TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
+            with suppress(NotImplementedError):  # by some classes
+                tokenizer.save_pretrained(folder)
             definition += [file.read_bytes() for file in sorted(Path(folder).iterdir())]
         definition += sorted(tokenizer.get_vocab().items())
 

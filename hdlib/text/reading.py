@@ -22,6 +22,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # after one of the above
 HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")  # words in names of files and folders
 SPLIT_NAMES = {*HELD_OUT_NAMES, "train", "training"}
+HIDDEN = re.compile(r"\.|__MACOSX$")
 MISSING = object()
 LONGEST = 50_000  # characters of a document; a longer one is cut
 
@@ -64,11 +65,10 @@ def _shown(folder: Path) -> Iterator[Path]:
 
     seen = set()
     for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        visited, real = len(seen), os.path.realpath(here)
-        seen.add(real)
-        hidden = {name for name in folders + files if name.startswith(".") or name == "__MACOSX"}
-        folders[:] = set(folders) - hidden if len(seen) > visited else []  # links can form a loop
-        yield from (Path(here, name) for name in set(files) - hidden if len(seen) > visited)
+        new = os.path.realpath(here) not in seen  # links can form a loop
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if new and not HIDDEN.match(name))
+        yield from (Path(here, name) for name in files if new and not HIDDEN.match(name))
 
 
 def documents(files: list[Path], column: str) -> Iterator[dict[str, str]]:
