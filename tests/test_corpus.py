@@ -244,7 +244,7 @@ def test_training_text_that_is_also_held_out(tmp_path, tokenizer):
     with pytest.warns(UserWarning):
         refused("no file to train on", tmp_path, tokenizer)
     (tmp_path / "train.txt").write_text("\n\n".join([*sentences(300), ASKED * 50]))
-    with pytest.warns(UserWarning, match="1 of 1 held-out documents are also in the training part"):
+    with pytest.warns(UserWarning, match="1 of 1 different held-out documents are also in the training part"):
         hdlib.load_corpus(tmp_path, tokenizer, 16)
 
 

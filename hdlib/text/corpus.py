@@ -392,12 +392,12 @@ def _warn_of_common_documents(train: list, validation: list, column: str) -> Non
     """Look up the first 10,000 held-out documents in the training part, unless one of them is a stream."""
     if any(isinstance(part, IterableDataset) for part in train + validation):
         return
-    wanted, common = pa.array(filter(None, validation[0][:COMPARED][column]), pa.large_string()), set()
+    wanted, common = pa.array(filter(None, validation[0][:COMPARED][column]), pa.large_string()).unique(), set()
     for table in chain.from_iterable(part.with_format("arrow").iter(10_000) for part in train):
         common.update(pc.index_in(table[column].cast(pa.large_string()), wanted).drop_null().unique().to_pylist())
     if common:
         warnings.warn(
-            f"{len(common)} of {len(wanted)} held-out documents are also in the training part, which lowers the "
+            f"{len(common)} of {len(wanted)} different held-out documents are also in the training part, which lowers the "
             f"held-out loss, such as {wanted[min(common)].as_py()[:50]!r}: remove the copies",
             stacklevel=3,
         )
