@@ -397,7 +397,7 @@ def _warn_of_common_documents(train: list, validation: list, column: str) -> Non
         common.update(pc.index_in(table[column].cast(pa.large_string()), wanted).drop_null().unique().to_pylist())
     if common:
         warnings.warn(
-            f"{len(common)} of {len(wanted)} different held-out documents are also in the training part, which lowers the "
+            f"{len(common)} of {len(wanted)} different held-out documents are also in the training part and lower the "
             f"held-out loss, such as {wanted[min(common)].as_py()[:50]!r}: remove the copies",
             stacklevel=3,
         )
