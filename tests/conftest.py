@@ -12,8 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also of subprocesses: the workers share t
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tokenizers import BertWordPieceTokenizer
-from transformers import BertForMaskedLM, BertTokenizerFast
+from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertForMaskedLM, BertTokenizerFast, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import hdlib
@@ -76,6 +76,24 @@ def tokenizer(text_file):
     trained = BertWordPieceTokenizer()
     trained.train([str(text_file)], vocab_size=60, show_progress=False)
     return BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=32)
+
+
+SPECIAL = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+SPECIAL |= {"unk_token": "[UNK]"}
+
+
+def masked(model, pre_tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens of BERT."""
+    plain = Tokenizer(model)
+    plain.pre_tokenizer, plain.decoder = pre_tokenizer, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=64, **SPECIAL)
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A token a byte: encodes every text, and decodes it exactly."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return masked(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []), pre_tokenizers.ByteLevel(False))
 
 
 @pytest.fixture

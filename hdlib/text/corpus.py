@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import lzma
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from os.path import exists
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
-import fsspec
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 from filelock import FileLock
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer
@@ -29,22 +33,25 @@ from transformers import PreTrainedTokenizerBase
 from ..data import Masking, NextToken, labelled_once
 from ..models import check_reachable
 from .documentation import gather
+from .reading import HELD_OUT_NAMES, LONGEST, READERS, documents, extension, opened, pieces, text_files, text_of
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after one of the above: corpus.txt.zst
-HELD_OUT_NAMES = {"validation", "valid", "dev", "test"}  # a file with such a word in its name is held out
 HELD_OUT = 50  # without such a file, one document of this many is held out
 DRAWN_TOGETHER = 1_000_000  # documents per draw of the held-out ones, 47 bytes of memory for each
 SHORTEST = 8  # tokens a block
-RECIPE = 3  # raise it when a change in this file changes the blocks
+RECIPE = 4  # raise it when a change in this file or in `reading` changes the blocks
 TOGETHER = 1000  # documents that are packed together; their last incomplete block is dropped
+ENCODED_TOGETHER = 64  # documents whose tokens are held as Python objects
 PART = 100_000  # documents per file of the cache; an interrupted call continues after the last complete file
 PART_OF_STREAM = 10_000  # the same for a stream; this many documents are in memory
 FIRST_OF_STREAM = 1000  # documents of a stream that are held out if it has no validation part
+UNKNOWN = 0.03  # a larger share of unknown tokens gives a warning
+COMPARED = 10_000  # held-out documents that are looked up in the training part
+
+Corpus = str | Path | list[str | Path] | Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 
 def load_corpus(
-    name_or_path: str | Path | list[str | Path] = "embedded",
+    name_or_path: Corpus = "embedded",
     tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 128,
     *,
@@ -57,27 +64,35 @@ def load_corpus(
 ) -> tuple[Dataset, Dataset]:
     """Load a corpus as blocks of `length` tokens.
 
+    A document is a row of jsonl, json or parquet, or in txt the text between blank lines; in a txt file without blank
+    lines, each line. A document of more than 50,000 characters is cut into several. Special tokens in a text, such as
+    a literal [MASK], are encoded as plain text.
+
+    The words "validation", "valid", "val", "dev" and "test" in a name mark held-out text. The nearest folder with such
+    a word or "train" decides for its files, else the name of the file. Folders above the given one do not count.
+    Without held-out files, one document in 50 is held out. Hidden files and copies of another file are not read.
+
     Args:
-        name_or_path: "embedded", the documentation on this machine; a file or folder of txt or jsonl (also compressed:
-            gz, zst, bz2, xz) or parquet, or a list of them; or the name of a data set on the hub.
+        name_or_path: "embedded", the documentation on this machine; a file or folder of txt, jsonl or json (also
+            compressed: gz, zst, bz2, xz) or parquet, or a list of them; a folder written by `save_to_disk`; the name
+            of a data set on the hub; or a data set of the library `datasets` in memory.
         tokenizer: of the teacher.
         length: S, tokens a block, [CLS] and [SEP] included.
-        text_column: the column of the text in jsonl, parquet and hub data.
+        text_column: the column of the text in all but txt files; "a.b" is the field b of column a.
         subset: the configuration of a hub data set that has several.
         causal: predict the next token instead of masked ones. None: if the tokenizer has no mask token.
         streaming: store the blocks of hub data, not its text. Without a validation part, hold out 1,000 documents.
-        validation_blocks: the maximum number of held-out blocks.
-        seed: of the masks of the held-out blocks, and of the choice of held-out documents.
+        validation_blocks: the maximum number of held-out blocks, drawn from all of them.
+        seed: of the masks of the held-out blocks, and of the choice of held-out documents and blocks.
 
     Returns:
         (train, validation): `train` has the column `input_ids`, S tokens a row. `validation` has `input_ids` with fixed
-        masks (causal: unchanged) and `labels`, the tokens to predict, -100 at all other positions. Files with the
-        word "validation", "valid", "dev" or "test" in their names are held out; if there are none, one document in 50.
+        masks (causal: unchanged) and `labels`, the tokens to predict, -100 at all other positions.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub that cannot be reached.
-        ValueError: no text, text that is not UTF-8 (with file and byte), a column that does not exist, or a length
-            that is too large for the teacher.
+        ValueError: no text, text that is not UTF-8 (with file and byte), or a length too large for the teacher; a
+            column that does not exist or holds no text (with file and row); only unknown tokens.
     """
     if tokenizer is None:
         raise ValueError("load_corpus needs the teacher's tokenizer: load_corpus(path, tokenizer)")
@@ -85,88 +100,165 @@ def load_corpus(
         raise ValueError(
             f"length must be from {SHORTEST} to the {tokenizer.model_max_length} positions of the teacher; got {length}"
         )
+    if validation_blocks < 1 or seed < 0:
+        raise ValueError(f"validation_blocks must be at least 1 and seed 0; got {validation_blocks} and {seed}")
     causal = tokenizer.mask_token_id is None if causal is None else causal
     documents = {split: [part] for split, part in load_documents(name_or_path, text_column, subset, streaming).items()}
     if "validation" not in documents:
         documents = _hold_out(*documents["train"], seed)
+    if "validation" in documents:
+        _warn_of_common_documents(**documents, column=text_column)
     blocks = {split: _pack(parts, tokenizer, length, text_column, causal) for split, parts in documents.items()}
-    if "validation" not in blocks:  # too few documents to draw from: hold out the last blocks
-        count = max(0, len(blocks["train"]) - max(1, len(blocks["train"]) // HELD_OUT))
-        blocks = {"train": blocks["train"].take(count), "validation": blocks["train"].skip(count)}
+    drawn = np.random.default_rng(seed).permutation(len(blocks.get("validation", blocks["train"])))
+    if "validation" not in blocks:  # too few documents to draw from: hold out blocks
+        drawn, rest = np.split(drawn, [max(1, len(drawn) // HELD_OUT)])
+        blocks = {"train": blocks["train"].select(np.sort(rest)), "validation": blocks["train"]}
+    blocks["validation"] = blocks["validation"].select(drawn[:validation_blocks])
+    source = name_or_path if isinstance(name_or_path, str | Path | list | tuple) else "the data set"
     for split, part in blocks.items():
         if len(part) == 0:
-            raise ValueError(f"{name_or_path}: the {split} part has too little text for one block of {length} tokens")
-    validation = blocks["validation"].take(min(validation_blocks, len(blocks["validation"])))
+            raise ValueError(f"{source}: the {split} part has too little text for one block of {length} tokens")
+        _check_unknown(part, tokenizer, f"{source}: the {split} part")
     task = NextToken() if causal else Masking.of(tokenizer)
-    held_out = labelled_once(validation.with_format("torch")[:]["input_ids"], task, seed)
+    held_out = labelled_once(blocks["validation"].with_format("torch")[:]["input_ids"], task, seed)
     return blocks["train"], Dataset.from_dict({name: column.tolist() for name, column in held_out.columns.items()})
 
 
 def load_documents(
-    name_or_path: str | Path | list[str | Path],
-    text_column: str = "text",
-    subset: str | None = None,
-    streaming: bool = False,
+    name_or_path: Corpus, text_column: str = "text", subset: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
     """The texts of `train` and, if the source has one, of `validation`. Arguments and errors as for `load_corpus`."""
-    if name_or_path == "embedded":
-        name_or_path = gather()
-    paths = [Path(path).expanduser() for path in (name_or_path if isinstance(name_or_path, list) else [name_or_path])]
-    if not paths:
-        raise ValueError("the corpus is an empty list: name a file, a folder, or a data set on the hub")
-    local = len(paths) > 1 or exists(paths[0])
-    documents = _from_files(paths, streaming) if local else _from_hub(str(name_or_path), subset, streaming)
-    for part in documents.values():
-        columns = part.column_names or list(next(iter(part), {}))  # the columns of a stream may be in its rows only
-        if text_column not in columns:
-            raise ValueError(f"{name_or_path} has no column {text_column!r}: set text_column to one of {columns}")
-    return {split: part.select_columns([text_column]) for split, part in documents.items()}
+    if not isinstance(text_column, str):
+        raise ValueError(f"text_column must be the name of a column; got {text_column!r}")
+    if isinstance(name_or_path, Dataset | IterableDataset | DatasetDict | IterableDatasetDict):
+        return _from_datasets(name_or_path, text_column, "the data set")
+    names = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
+    if wrong := [name for name in names or [names] if not isinstance(name, str | Path) or not str(name).strip()]:
+        raise ValueError(
+            f"a corpus is a path, a list of paths, a data set or its name on the hub; got {wrong[0]!r:.50}"
+        )
+    paths = [Path(os.path.expanduser(gather() if name == "embedded" else name)) for name in names]
+    if len(paths) == 1 and not exists(paths[0]):
+        return _from_hub(str(names[0]), text_column, subset, streaming)
+    if len(paths) == 1 and any((paths[0] / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _from_disk(paths[0], text_column)
+    return _from_files(paths, text_column, streaming)
 
 
-def _from_hub(name: str, subset: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+def _from_hub(name: str, column: str, subset: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     cached = exists(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))
     check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=5), "data set")
-    found = load_dataset(name, subset, streaming=streaming)
-    return {split: found[split] for split in ("train", "validation") if split in found}
+    try:
+        found = datasets.load_dataset(name, subset, streaming=streaming)
+    except Exception as error:  # has many causes: no connection, no such configuration, a script
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"the data set {name!r} could not be loaded: {' '.join(str(error).split())}") from error
+    return _from_datasets(found, column, name)
 
 
-def _from_files(paths: list[Path], streaming: bool) -> dict[str, Dataset | IterableDataset]:
-    files, where = _files(paths), ", ".join(map(str, paths))
-    kinds = sorted({READERS[_kind(file)] for file in files})
-    if not files:
+def _from_disk(folder: Path, column: str) -> dict[str, Dataset]:
+    """What `save_to_disk` wrote."""
+    path = str(folder.absolute())
+    try:
+        if "::" in path:
+            raise ValueError("`datasets` takes :: for a chain of addresses; rename the folder")
+        found = datasets.load_from_disk(path)
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise ValueError(f"{folder} could not be read as a folder of save_to_disk: {error}") from error
+    return _from_datasets(found, column, str(folder))
+
+
+def _from_datasets(found: Dataset | IterableDataset | dict, column: str, where: str) -> dict:
+    """The text of the part `train`, and of the first part with a name of held-out text."""
+    parts = found if isinstance(found, dict) else {"train": found}
+    if "train" not in parts:
+        raise ValueError(f"{where} has no part `train` but {', '.join(parts)}: pass the data set of one part")
+    held_out = [name for name in HELD_OUT_NAMES if name in parts][:1]
+    names = zip(("train", "validation"), ("train", *held_out), strict=False)
+    return {split: _only_text(parts[name], column, f"{where}, part {name}") for split, name in names}
+
+
+def _only_text(part: Dataset | IterableDataset, column: str, where: str) -> Dataset | IterableDataset:
+    def text(row: dict, number: int) -> dict[str, str | None]:
+        return {column: text_of(row, column, f"{where}, row {number + 1}")}
+
+    part = part.with_format(None)
+    if isinstance(part, IterableDataset):
+        return part.map(text, with_indices=True).select_columns([column])
+    names = part.column_names
+    if column not in names and "." in column:
+        part = part.flatten(max_depth=column.count(".") + 1)  # "a.b" becomes a column
+    if column not in part.column_names:
+        raise ValueError(f"{where} has no column {column!r}: set text_column to one of {names}")
+    part = part.select_columns([column])
+    if getattr(part.features[column], "dtype", None) not in ("string", "large_string"):
+        for number, row in enumerate(part):  # raises an error at the first row with a value
+            text(row, number)
+    return part
+
+
+def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+    held_out, where = text_files(paths), ", ".join(map(str, paths))
+    kinds = sorted({READERS[extension(file)] for file in held_out})
+    if not held_out:
         raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
     if len(kinds) > 1:
         raise ValueError(f"{where} has files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
-    digests = {file: _checked(file) for file in files}
-    held_out = [file for file in files if HELD_OUT_NAMES.intersection(re.split(r"[^a-z]+", file.stem.lower()))]
-    train = [file for file in files if file not in held_out]
-    parts = {"train": train, "validation": held_out} if train and held_out else {"train": files}
-    options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
-    data_files = {split: [str(file) for file in part] for split, part in parts.items()}
-    try:
-        documents = load_dataset(kinds[0], data_files=data_files, streaming=streaming, **options)
-    except (DatasetGenerationError, FileNotFoundError) as error:
-        if gone := [str(file) for file in files if not file.exists()]:
-            raise FileNotFoundError(f"{', '.join(gone)} disappeared while the corpus was being read") from error
-        raise ValueError(f"{where} could not be read as {kinds[0]}: {error.__cause__ or error}") from error
-    for split, part in documents.items():
-        part._fingerprint = _digest(kinds, [digests[file] for file in parts[split]])
-    return documents
+    state = _state(held_out)
+    digests = {file: _checked(file) for file in held_out}
+    found, schema = {}, pa.schema({column: pa.string()})
+    for split, files in _without_copies(held_out, digests, where).items():
+        arguments = {"files": files, "column": column}
+        if streaming:
+            features = datasets.Features.from_arrow_schema(schema)
+            found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
+        else:
+            name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
+            found[split] = _stored(documents(**arguments), schema, name, lambda: _state(held_out) == state)
+    return found
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    """The text files at these paths and in these folders. Raises FileNotFoundError if one does not exist."""
-    found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    for file in found:
-        if not exists(file):
-            target = f": it points to {file.readlink()}" if file.is_symlink() else ""
-            raise FileNotFoundError(f"there is no file or folder {file}{target}")
-    return [file for file in found if file.is_file() and _kind(file) in READERS]
+def _without_copies(held_out: dict[Path, bool], digests: dict[Path, str], where: str) -> dict[str, list[Path]]:
+    """The files of each part, the first one of each content; of equal files in both parts, the held-out one."""
+    by_part = sorted(held_out, key=held_out.get, reverse=True)
+    first = {digests[file]: file for file in reversed(by_part)}
+    parts = {"train": [], "validation": []}
+    for file in (file for file in held_out if first[digests[file]] == file):
+        parts["validation" if held_out[file] else "train"].append(file)
+    if copies := [f"{file} (as {first[digests[file]]})" for file in held_out if first[digests[file]] != file]:
+        named = ", ".join(copies[:3])
+        warnings.warn(f"{len(copies)} files have the content of another file and are not read: {named}", stacklevel=5)
+    if all(held_out.values()):
+        named = ", ".join(map(str, parts["validation"][:3]))
+        warnings.warn(f"all files have names of held-out text and are read as one corpus: {named}", stacklevel=5)
+        return {"train": parts["validation"]}
+    if not parts["train"]:
+        raise ValueError(f"{where} has no file to train on that is not also held out: remove the copies")
+    return {split: files for split, files in parts.items() if files}
 
 
-def _kind(file: Path) -> str:
-    """The extension in lower case, without that of a compression."""
-    return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name).suffix.lower()
+def _state(files: Iterable[Path]) -> list[tuple[int, int]]:
+    """Size and time of the last change. Raises FileNotFoundError for a file that has disappeared."""
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _stored(rows: Iterator[dict], schema: pa.Schema, name: str, unchanged: Callable[[], bool]) -> Dataset:
+    """The rows, from the cache; the first of several processes writes them."""
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_documents" / f"{name}.arrow"
+    draft = path.with_suffix(".draft")
+    with FileLock(path.with_suffix(".lock")):
+        if missing := not path.exists():
+            with pa.ipc.new_stream(str(draft), schema) as writer:
+                for several in iter(lambda: list(islice(rows, TOGETHER)), []):
+                    columns = [[row[column] for row in several] for column in schema.names]
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+        if not unchanged():
+            raise ValueError("a file of the corpus was changed while it was being read: load the corpus again")
+        if missing:
+            draft.rename(path)
+    stored = Dataset.from_file(str(path))
+    stored._fingerprint = name
+    return stored
 
 
 def _checked(file: Path) -> str:
@@ -175,39 +267,19 @@ def _checked(file: Path) -> str:
         raise ValueError(f"{file} is empty: remove it")
     digest, decoder, start = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        for chunk in chain(_decompressed(file), [b""]):
-            digest.update(chunk)
-            if _kind(file) != ".parquet":
-                undecoded = len(decoder.getstate()[0])
-                decoder.decode(chunk, final=not chunk)
-                start += len(chunk)
+        with opened(file) as stream:
+            for chunk in chain(iter(lambda: stream.read(1 << 22), b""), [b""]):
+                digest.update(chunk)
+                if extension(file) != ".parquet":
+                    undecoded = len(decoder.getstate()[0])
+                    decoder.decode(chunk, final=not chunk)
+                    start += len(chunk)
     except UnicodeDecodeError as error:
         byte = start - undecoded + error.start
         raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
-    except ModuleNotFoundError as error:
-        raise ValueError(f'{file} cannot be read without a package: pip install "hdlib[zst]"') from error
-    except Exception as error:  # each compression has its own
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{file} cannot be read to its end: {error}") from error
     return digest.hexdigest()
-
-
-def _decompressed(file: Path) -> Iterator[bytes]:
-    """The file's content in pieces. Raises an error if the end is missing."""
-    if file.suffix.lower() != ".zst":
-        with fsspec.open(str(file), "rb", compression="infer") as stream:
-            yield from iter(lambda: stream.read(1 << 22), b"")
-        return
-    import zstandard
-
-    frame = zstandard.ZstdDecompressor().decompressobj()  # its file objects do not notice a missing end
-    with file.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            while chunk:
-                frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError("the last frame is cut off")
 
 
 def _digest(*parts) -> str:
@@ -241,16 +313,17 @@ def _pack(
     if between is None or (cls is None and not causal):
         needed = "causal text needs eos_token or sep_token" if causal else "masked text needs cls_token and sep_token"
         raise ValueError(f"the tokenizer has no token to put between documents: {needed}")
-    definition, room = tokenizer.backend_tokenizer.to_str(), length - 2 * edges
-    encoder = Tokenizer.from_str(definition)  # a copy: the tokenizer keeps its truncation and padding
-    encoder.no_truncation(), encoder.no_padding()
+    encode, definition = _encoder(tokenizer)
+    room = length - 2 * edges
 
     def pack(texts: list[str | None]) -> dict[str, np.ndarray]:
-        encoded = encoder.encode_batch_fast([text for text in texts if text], add_special_tokens=False)
-        ids = [np.array([*tokens.ids, between], dtype=np.int32) for tokens in encoded if len(tokens)]
-        stream = np.concatenate([np.empty(0, dtype=np.int32), *ids])
-        pieces = stream[: len(stream) // room * room].reshape(-1, room)
-        return {"input_ids": np.pad(pieces, [(0, 0), (edges, edges)], constant_values=[(0, 0), (cls or 0, sep or 0)])}
+        cut, ids = [piece for text in texts if text for piece in pieces(text)], [np.empty(0, dtype=np.int32)]
+        for start in range(0, len(cut), ENCODED_TOGETHER):
+            encoded = encode(cut[start : start + ENCODED_TOGETHER])
+            ids += [np.array([*tokens, between], dtype=np.int32) for tokens in encoded if tokens]
+        stream = np.concatenate(ids)
+        blocks = stream[: len(stream) // room * room].reshape(-1, room)
+        return {"input_ids": np.pad(blocks, [(0, 0), (edges, edges)], constant_values=[(0, 0), (cls or 0, sep or 0)])}
 
     cache, made = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_blocks", []
     count = None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
@@ -262,9 +335,72 @@ def _pack(
             with FileLock(cache / f"{name}.lock"):  # the first of several processes makes them
                 made.append(part.map(pack, **options))
             bar.update(len(part))
-    if not made:
+    if not made and count is None:
         raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
-    return concatenate_datasets(made)
+    return concatenate_datasets(made or [Dataset.from_dict({"input_ids": []})])
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]], list[list[int]]], str]:
+    """A function from texts to token ids that takes special tokens for plain text, and a digest of its definition."""
+    names = sorted({name for name in tokenizer.all_special_tokens if len(name) > 1})[::-1]  # a prefix is last
+    special, unknown = set(tokenizer.convert_tokens_to_ids(names)), tokenizer.unk_token_id
+    pattern = re.compile("|".join(map(re.escape, names)))
+    definition = [tokenizer.backend_tokenizer.to_str()] if tokenizer.is_fast else [str(type(tokenizer))]
+    if tokenizer.is_fast:
+        copy = Tokenizer.from_str(definition[0])  # the tokenizer keeps its truncation and padding
+        copy.no_truncation(), copy.no_padding()
+        copy.encode_special_tokens = True  # as plain text
+    else:
+        with TemporaryDirectory() as folder:
+            with suppress(NotImplementedError):  # by some classes
+                tokenizer.save_pretrained(folder)
+            definition += [file.read_bytes() for file in sorted(Path(folder).iterdir())]
+        definition += sorted(tokenizer.get_vocab().items())
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if tokenizer.is_fast:
+            return [tokens.ids for tokens in copy.encode_batch_fast(texts, add_special_tokens=False)]
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def plain(texts: list[str]) -> list[list[int]]:
+        encoded = encode(texts)
+        for number, text in enumerate(texts):
+            if not special.isdisjoint(encoded[number]):  # some tokenizers find them in their vocabulary
+                apart = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+                ids = encode([apart])[0] if apart != text else encoded[number]
+                encoded[number] = [token for token in ids if token not in special or token == unknown]
+        return encoded
+
+    return plain, _digest(definition, names, sorted(special), unknown)
+
+
+def _check_unknown(blocks: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Warn if many tokens of up to 1,000 blocks are unknown. Raises ValueError if all are."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id):
+        return
+    ids = np.array(blocks[np.unique(np.linspace(0, len(blocks) - 1, 1000).astype(int))]["input_ids"])
+    share = np.mean(ids[~np.isin(ids, list({*tokenizer.all_special_ids} - {unknown}))] == unknown)
+    advice = "the tokenizer does not know the script of this text; take a teacher that was trained on such text"
+    if share == 1:
+        raise ValueError(f"{where}: all tokens are unknown ({tokenizer.unk_token}): {advice}")
+    if share > UNKNOWN:
+        warnings.warn(f"{where}: {share:.0%} of the tokens are unknown ({tokenizer.unk_token}): {advice}", stacklevel=3)
+
+
+def _warn_of_common_documents(train: list, validation: list, column: str) -> None:
+    """Look up the first 10,000 held-out documents in the training part, unless one of them is a stream."""
+    if any(isinstance(part, IterableDataset) for part in train + validation):
+        return
+    wanted, common = pa.array(filter(None, validation[0][:COMPARED][column]), pa.large_string()).unique(), set()
+    for table in chain.from_iterable(part.with_format("arrow").iter(10_000) for part in train):
+        common.update(pc.index_in(table[column].cast(pa.large_string()), wanted).drop_null().unique().to_pylist())
+    if common:
+        warnings.warn(
+            f"{len(common)} of {len(wanted)} different held-out documents are also in the training part and lower the "
+            f"held-out loss, such as {wanted[min(common)].as_py()[:50]!r}: remove the copies",
+            stacklevel=3,
+        )
 
 
 def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -> Iterator[Dataset]:

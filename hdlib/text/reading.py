@@ -1,0 +1,207 @@
+"""Local files to documents, in bounded memory: text, JSON and Parquet, also compressed.
+
+Files are opened by their exact names; only the column of the text is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import os
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # after one of the above
+HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")  # words in names of files and folders
+SPLIT_NAMES = {*HELD_OUT_NAMES, "train", "training"}
+HIDDEN = re.compile(r"\.|__MACOSX$")
+MISSING = object()
+LONGEST = 50_000  # characters of a document; a longer one is cut
+
+
+def text_files(paths: list[Path]) -> dict[Path, bool]:
+    """The text files at these paths and in these folders, each once, and whether they are held out.
+
+    Raises FileNotFoundError for one that does not exist, ValueError for a named file of another type.
+    """
+    found = {}  # by the file that a link points to
+    for path in paths:
+        root = path.parent if len(paths) > 1 and path.name.lower() in SPLIT_NAMES else path
+        for file in sorted(_shown(path)) if path.is_dir() else [path]:
+            if not os.path.exists(file):
+                target = f": it points to {file.readlink()}" if file.is_symlink() else ""
+                raise FileNotFoundError(f"there is no file or folder {file}{target}")
+            if file.is_file() and extension(file) in READERS:
+                names = [*reversed(file.relative_to(root).parts[:-1]), file.stem]
+                first, held_out = found.get(file.resolve(), (file, False))
+                found[file.resolve()] = first, held_out or _is_held_out(names)
+            elif file == path:
+                raise ValueError(f"{file} holds no text: files of type {', '.join(READERS)} are read")
+    return dict(found.values())
+
+
+def _is_held_out(names: list[str]) -> bool:
+    """Whether the first name with a word of `SPLIT_NAMES` has one of held-out text."""
+    for name in names:
+        words = set(re.findall(r"[^\W\d_]+", name.lower()))
+        if words & SPLIT_NAMES:
+            return not words.isdisjoint(HELD_OUT_NAMES)
+    return False
+
+
+def _shown(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders, except hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        new = os.path.realpath(here) not in seen  # links can form a loop
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if new and not HIDDEN.match(name))
+        yield from (Path(here, name) for name in files if new and not HIDDEN.match(name))
+
+
+def documents(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+    """Yield {column: text} for each document of the files. Raises ValueError that names file, row and column."""
+    for file in files:
+        texts = _paragraphs(file) if READERS[extension(file)] == "text" else _column(file, column)
+        yield from ({column: piece} for text in texts for piece in pieces(text) if piece.strip())
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text of more than `LONGEST` characters, at an end of a line or else between words."""
+    start = 0
+    while len(text) - start > LONGEST:
+        limits = start + LONGEST // 2, start + LONGEST
+        end = max(text.rfind("\n", *limits), 0) or max(text.rfind(" ", *limits), 0) or limits[1]
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def extension(file: Path) -> str:
+    """The extension in lower case, without that of a compression."""
+    return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name).suffix.lower()
+
+
+def opened(file: Path) -> BinaryIO:
+    """The decompressed content. Reading raises an error if the end is missing."""
+    codec = COMPRESSED.get(file.suffix.lower())
+    if codec in (None, "xz"):
+        return (lzma.open if codec else open)(file, "rb")
+    return pa.input_stream(file.open("rb"), compression=codec)
+
+
+def text_of(row: dict, column: str, where: str) -> str | None:
+    """The text in a row. Raises ValueError that names row and column if there is none."""
+    value = _field(row, column)
+    if value is MISSING:
+        raise ValueError(f"{where} has no column {column!r}: set text_column to one of {list(row)}")
+    try:
+        if value is None or value.encode() is not None:
+            return value
+    except (AttributeError, UnicodeEncodeError):  # no string, or half of a surrogate pair
+        kind = type(value).__name__
+        raise ValueError(
+            f"{where}, column {column!r} holds no text but the {kind} {str(value)[:50]!a}: set text_column"
+        ) from None
+
+
+def _field(row: object, name: str) -> object:
+    """The value of a column, or for "a.b" of the field b of column a; MISSING if there is none."""
+    if not isinstance(row, dict) or name in row:
+        return row[name] if isinstance(row, dict) else MISSING
+    ends = (place for place, character in enumerate(name) if character == "." and name[:place] in row)
+    found = (None if row[name[:end]] is None else _field(row[name[:end]], name[end + 1 :]) for end in ends)
+    return next((value for value in found if value is not MISSING), MISSING)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines, in pieces of at most `LONGEST` characters, all with the line end \\n."""
+    with io.TextIOWrapper(opened(file), encoding="utf-8-sig") as stream:
+        yield from iter(lambda: stream.readline(LONGEST), "")
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    """The texts between blank lines; in a file without a blank line between lines of text, each line."""
+    each_line, held, starts = not _has_paragraphs(file), "", True
+    for line in _lines(file):
+        blank = not line.strip()
+        if starts and (blank or each_line):
+            yield held.rstrip()
+            held = ""
+        held += "" if starts and blank else line
+        starts = line.endswith("\n")
+        if len(held) > LONGEST:
+            *complete, held = pieces(held)
+            yield from complete
+    yield held.rstrip()
+
+
+def _has_paragraphs(file: Path) -> bool:
+    text, blank_after_text = False, False
+    for line in _lines(file):
+        if line.strip() and blank_after_text:
+            return True
+        text, blank_after_text = text or bool(line.strip()), text and not line.strip()
+    return False
+
+
+def _column(file: Path, column: str) -> Iterator[str]:
+    """The texts of the rows that have one. Raises ValueError if no row has the column."""
+    without, found = None, False
+    for number, row in _rows(file, column):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, row {number} is a {type(row).__name__}: write an object with {column!r}")
+        value = _field(row, column)
+        if value is MISSING:
+            without = row if without is None else without
+        else:
+            found = found or column in row or value is not None  # a field of a missing value can have any name
+            yield text_of(row, column, f"{file}, row {number}") or ""
+    if without is not None and not found:
+        text_of(without, column, str(file))
+
+
+def _rows(file: Path, column: str) -> Iterator[tuple[int, object]]:
+    """(number, row) with at least this column, if there is one; of JSON lines, the number of the line."""
+    kind = READERS[extension(file)]
+    try:
+        yield from enumerate(_parquet(file, column), 1) if kind == "parquet" else _json(file)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file} could not be read as {kind}: {error}") from error
+
+
+def _parquet(file: Path, column: str) -> Iterator[dict]:
+    with opened(file) as stream:
+        table = pq.ParquetFile(stream)
+        names = table.schema_arrow.names
+        wanted = [name for name in names if column == name or column.startswith(f"{name}.")] or names
+        for batch in table.iter_batches(1000, columns=wanted):
+            yield from batch.to_pylist()
+
+
+def _json(file: Path) -> Iterator[tuple[int, object]]:
+    with io.TextIOWrapper(opened(file), encoding="utf-8-sig") as stream:
+        lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+        first = next(lines, (1, ""))
+        if first[1].lstrip().startswith("["):
+            yield from enumerate(json.loads(first[1] + stream.read(), strict=False), 1)
+            return
+        for number, line in chain([first], lines):
+            try:
+                yield number, json.loads(line, strict=False)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}; write one object a line, or one array") from error
