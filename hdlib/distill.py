@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
@@ -82,6 +83,7 @@ def distill(
             return run
         teacher = frozen_copy(teacher, accelerator.device)
         if config.rotate:
+            teacher = deepcopy(teacher)  # whose weights are the caller's
             few = batches(sample(train, ROTATED), 16, accelerator.device)
             rotate_heads(teacher, (batch["input_ids"] for batch in few))
         held_out = sample(validation, config.eval_blocks)

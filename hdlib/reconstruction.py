@@ -25,7 +25,7 @@ from .families import HIDDEN, VALUE
 from .losses import DistillationLoss
 from .models import base_model, forward
 from .narrowing import kept_indices, sites_of
-from .widths import QUERY_KEY, Axis, Block, Widths, axes_of
+from .widths import QUERY_KEY, Axis, Block, Widths, axes_of, width_groups
 
 INPUT_AXIS = {nn.Linear: 1, Conv1D: 0}  # the axis of a layer's weight that multiplies its input
 WINDOW = 8  # steps before a prune whose batches give moments
@@ -86,7 +86,9 @@ class Compensation:
     @contextmanager
     def recording(self, model: PreTrainedModel) -> Iterator[None]:
         """Add the moments of a forward pass."""
-        hooks = [base_model(model).register_forward_hook(self._after_base)]
+        hooks = []
+        if HIDDEN in width_groups(model):  # else the residual stream keeps its width
+            hooks.append(base_model(model).register_forward_hook(self._after_base))
         for name, module, _ in readers(model):
             hooks.append(
                 module.register_forward_pre_hook(lambda _module, inputs, name=name: self._add(name, inputs[0]))
@@ -102,9 +104,11 @@ class Compensation:
         self._sum(read, inside=set(dict(base_model(model).named_modules(prefix=_base_name(model)))))
 
     def _add(self, name: str, states: Tensor) -> None:
-        self._read.setdefault(name, []).append(states.detach())
+        self._read.setdefault(name, []).append(states)
 
     def _after_base(self, _base, _inputs, outputs) -> None:
+        if outputs.hidden_states is None:  # called by the head, with given states
+            return
         self._add(LAST, outputs.last_hidden_state)
         for layer, states in enumerate(outputs.hidden_states):
             self._add(f"{STATES}{layer}", states)
@@ -112,14 +116,14 @@ class Compensation:
     @torch.no_grad()
     def _sum(self, read: dict[str, list[Tensor]], inside: set[str]) -> None:
         outside = [name for name in read if name not in inside and name != LAST and not name.startswith(STATES)]
-        if outside:  # the head reads the last states, at the few loss positions only
+        if outside and LAST in read:  # the head reads the last states, at the few loss positions only
             read[outside[0]] = read[LAST]
         same: dict[tuple, list[str]] = {}
         for name, states in read.items():
             same.setdefault(tuple(map(id, states)), []).append(name)
         for first, *others in same.values():
             self._source |= dict.fromkeys([first, *others], first)
-            new = Moments.of(torch.cat([states.flatten(0, -2) for states in read[first]]).float())
+            new = Moments.of(torch.cat([states.detach().flatten(0, -2) for states in read[first]]).float())
             self._moments[first] = self._moments[first].plus(new) if first in self._moments else new
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Rotation of heads, the least-squares fold and the refit of norms: exact where they must be, against NumPy, in runs."""
+"""Rotation of heads, the least-squares fold and the refit of norms: exactness, NumPy, runs."""
 
 import copy
 
@@ -17,7 +17,7 @@ from hdlib.widths import source_layers, width_groups
 
 from conftest import full, random_batch, random_bert
 from invariants import close, loss_for, sensitivities
-from models import KINDS, narrower, random_model
+from models import KINDS, random_model
 from test_loop import ARGUMENTS, weights
 
 SOME = ("bert", "deberta-v2", "gpt2", "albert")
@@ -39,7 +39,7 @@ def test_rotated_heads_change_no_logit(kind, tmp_path):
     """A stock model again, with all its neurons; whole heads are left as they are."""
     model = random_model(kind).eval()
     rotated = copy.deepcopy(model)
-    rotate_heads(rotated, [rows(4), rows(4) + 1])
+    rotate_heads(rotated, [rows(4), rows(2)])
     input_ids, _ = random_batch()
     with torch.no_grad():
         close(rotated(input_ids).logits, model(input_ids).logits, 1e-5)
@@ -53,7 +53,7 @@ def test_rotated_heads_change_no_logit(kind, tmp_path):
 
 def test_rotation_puts_the_work_of_a_head_into_few_dimensions():
     """Rotated queries and keys have the same diagonal products; so have values and their output matrix."""
-    model = random_bert(num_hidden_layers=1).double()
+    model = random_bert(layers=1).double()
     rotate_heads(model, [rows(40)])
     read = {}
     attention = model.bert.encoder.layer[0].attention
@@ -69,7 +69,7 @@ def test_rotation_puts_the_work_of_a_head_into_few_dimensions():
         size = each.diagonal(dim1=-2, dim2=-1)
         assert (each - torch.diag_embed(size)).abs().max() < 1e-3 * size.max(), "no product of different dimensions"
         assert (size.diff(dim=-1) <= 1e-9).all(), "the largest first"
-    torch.testing.assert_close(products[0], products[1], rtol=1e-3, atol=1e-6)
+    assert (products[0] - products[1]).abs().max() < 1e-3 * products[0].max()
 
 
 def test_a_fold_against_numpy():
@@ -98,10 +98,9 @@ def test_every_reader_against_numpy(kind):
     model = random_model(kind).eval()
     read = {}
     for name, module, _ in readers(model):
-        module.register_forward_pre_hook(lambda _, inputs, name=name: read.setdefault(name, inputs[0].detach()))
-    narrow = narrower(model)
+        module.register_forward_pre_hook(lambda _, inputs, name=name: read.update({name: inputs[0].detach()}))
     scores = sensitivities(model, random_batch())
-    kept = choose(scores, Widths.of(model), narrow.resolved(model), source_layers(model))
+    kept = choose(scores, Widths.of(model), Widths.at(model, 0.5), source_layers(model))
     before = {name: copy.deepcopy(module) for name, module, _ in readers(model)}
     observed(model).apply(model, loss_for(model), kept)
     checked = 0
@@ -169,7 +168,7 @@ def test_a_compensated_prune_is_nearer_to_the_model_before(kind):
     """Logits and what the loss's projections make of hidden states; the shape is that asked for."""
     model = random_model(kind).eval()
     loss, compensation = loss_for(model), observed(model)
-    scores, widths = sensitivities(model, random_batch()), narrower(model).resolved(model)
+    scores, widths = sensitivities(model, random_batch()), Widths.at(model, 0.5)
     kept = choose(scores, Widths.of(model), widths, source_layers(model))
     sliced, sliced_loss = student_of(model), copy.deepcopy(loss)
     compensation.apply(folded := student_of(model), loss, kept)
@@ -204,6 +203,7 @@ def test_moments_follow_a_prune():
 
 def test_compensated_runs(teacher, tokenizer, blocks, tmp_path):
     """Nearer to the teacher right after every prune; killed and resumed to the last bit; a stock student."""
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     still = ARGUMENTS | {"learning_rate": 1e-12, "weight_decay": 0.0, "eval_prunes": True}
     runs = {}
     for name, options in {"sliced": {}, "compensated": {"rotate": True, "compensate": True}}.items():
@@ -223,10 +223,11 @@ def test_compensated_runs(teacher, tokenizer, blocks, tmp_path):
     resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(resumed)[name], tensor), name
+    assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
     student = AutoModelForMaskedLM.from_pretrained(resumed.student_folder)
     assert Widths.of(student) == Widths.at(teacher, 0.5)
 
 
 def test_compensation_under_masks_is_refused():
-    with pytest.raises(ValueError, match="compensate=True changes weights.*masked=False"):
+    with pytest.raises(ValueError, match=r"compensate=True changes weights.*masked=False"):
         DistillConfig(compensate=True, recover=True)
