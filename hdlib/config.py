@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import as_blocks
 from .losses import TERMS, DistillationLoss
 from .masks import SCOPES
-from .models import check_length, check_vocabulary
+from .models import check_length, check_teacher, check_vocabulary
 from .narrowing import check_narrowable
 from .schedules import SCHEDULES
 from .scorers import SCORERS
@@ -105,6 +105,7 @@ class DistillConfig:
     ) -> Widths:
         """The student's final shape. Raises ValueError if a run with these arguments is impossible."""
         width_groups(teacher)
+        check_teacher(teacher)
         target = self.shape(teacher)
         check_narrowable(teacher, target)
         check_vocabulary(tokenizer, teacher)
