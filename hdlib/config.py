@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +196,8 @@ class DistillConfig:
                 continue
             kinds = (int, float) if isinstance(default, float) else type(default)
             matches = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-            _require(matches, f"{each.name} must be of type {type(default).__name__}; got {_short(value)}")
+            kind = type(default)
+            _require(matches, f"{each.name} must be of type {kind.__name__}; got {_short(value)}{hint(value, kind)}")
             _require(not isinstance(value, float) or math.isfinite(value), f"{each.name} must be finite; got {value}")
             small = not isinstance(value, int) or -LARGEST < value < LARGEST
             _require(small, f"{each.name} must be below {LARGEST:.0e}; got {_short(value)}")
@@ -202,7 +205,8 @@ class DistillConfig:
         if not isinstance(self.target, Widths):
             number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
             possible = number and 0 < self.target <= 1
-            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {_short(self.target)}")
+            got = f"{_short(self.target)}{hint(self.target, float)}"
+            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {got}")
             object.__setattr__(self, "target", float(self.target))
         pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
         valid = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
@@ -213,6 +217,19 @@ class DistillConfig:
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:50]} ..."
+
+
+def hint(value, kind: type) -> str:
+    """How to write a value of this type in YAML, which reads 3e-4 as a text, no as False and 2026-01-01 as a date."""
+    number = re.fullmatch(r"([-+]?\d+)([.]\d*)?e([-+]?)(\d{1,3})", str(value), re.IGNORECASE)
+    if number and kind is float:
+        digits, fraction, sign, exponent = number.groups()
+        return f", which YAML reads as a text: write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
+    if kind is int and (number or isinstance(value, float)) and float(value).is_integer():
+        return f": write {float(value):.0f}"
+    if kind is str and isinstance(value, bool | int | float | date):
+        return ": put it in quotes"
+    return ": write true or false" if kind is bool else ""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import softmax
 from torch.overrides import TorchFunctionMode
@@ -43,7 +42,6 @@ RECORDING = "hdlib_recording"  # our attention function's name in Transformers' 
 SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python from a model's folder
 TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # Transformers makes one up if none is there
 UNUSED_ROWS = 1024  # accepted rows of the embedding without a token, since vocabularies are often padded
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Parts of a checkpoint that language modelling does not use, and buffers that old versions saved.
 UNUSED = re.compile(r"(^|[.])(pooler|seq_relationship|position_ids|token_type_ids|inv_freq|masked_bias|version)([.]|$)")
 NO_WEIGHTS = {  # what a folder may hold instead of weights in safetensors, and the way out
@@ -76,7 +74,7 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
         with no_progress_bars() if exists(source) else nullcontext():  # a download keeps its progress bar
             model, report = auto.from_pretrained(source, **options, **SAFE_LOADING)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except LOADING_ERRORS as error:
+    except Exception as error:  # of Transformers, tokenizers or safetensors
         reason = " ".join(str(error).split())
         raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {reason}") from error
     family(model)
@@ -91,12 +89,12 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, set]) -> None:
     own = {name.partition(".")[0] for part in (model, base_model(model)) for name, _ in part.named_children()}
     unread = [key for key in report["unexpected_keys"] if key.partition(".")[0] in own and not UNUSED.search(key)]
     shapes = [f"{key} of {tuple(saved)}, not {tuple(shape)}" for key, saved, shape in report["mismatched_keys"]]
-    kinds = {
+    found = {
         "lacks weights, which would be random": report["missing_keys"],
         "has weights of another shape than config.json gives them": shapes,
         "has weights that a model of its config.json does not have": unread,
     }
-    found = [f"{what}: {_listed(keys)}" for what, keys in kinds.items() if keys]
+    found = [f"{what}: {_listed(keys)}" for what, keys in found.items() if keys]
     way_out = "Correct config.json, or use a checkpoint that was saved whole, with its language-model head"
     if model.config.model_type == "deberta-v2" and any("predictions." in key for key in report["unexpected_keys"]):
         way_out = f'Set "legacy": {str(not model.config.legacy).lower()} in its config.json, which selects the head'
@@ -139,16 +137,16 @@ def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
         _check_folder(Path(source))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except LOADING_ERRORS as error:
+    except Exception as error:  # of Transformers, tokenizers or safetensors
         raise ValueError(f"no language model could be read from {source}: {' '.join(str(error).split())}") from error
 
 
 def _check_folder(folder: Path) -> None:
     """Raise ValueError, with a way out, if a folder holds no config, or weights in other files than safetensors."""
     loadable = any(folder.glob("model*.safetensors"))
-    for pattern, found in NO_WEIGHTS.items():
-        if any(folder.glob(pattern)) and not (loadable and pattern != "adapter_config.json"):
-            raise ValueError(f"no language model could be read from {folder}: it holds {found}")
+    for pattern in ["adapter_config.json"] if loadable else NO_WEIGHTS:
+        if any(folder.glob(pattern)):
+            raise ValueError(f"no language model could be read from {folder}: it holds {NO_WEIGHTS[pattern]}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"no language model could be read from {folder}: name a folder that holds a config.json")
 

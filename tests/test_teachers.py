@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as T
@@ -240,3 +241,18 @@ def test_options_that_change_only_the_form_of_outputs(teacher, tokenizer, blocks
     teacher.config.return_dict, teacher.config.output_hidden_states = False, True
     changed = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**SHORT), tmp_path / "changed")
     assert plain.metrics["total"].equals(changed.metrics["total"])
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+def test_a_slow_hub_is_waited_for(variable, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, variable, 77)
+    waited = []
+
+    def answer(self, name, timeout):
+        waited.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
+    with pytest.raises(FileNotFoundError, match="TimeoutError"):
+        hdlib.load_teacher("some/model")
+    assert waited == [77]
