@@ -162,8 +162,7 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
             logging.disable_progress_bar()
             model, report = kind.from_pretrained(checkpoint, config=config, **options)
     except Exception as error:  # of Transformers, tokenizers or safetensors
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {reason}") from error
+        raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {' '.join(str(error).split())}") from error
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}  # Transformers makes one up if none is there
     if exists(checkpoint) and not any(exists(Path(checkpoint) / file) for file in files):
         raise ValueError(f"{checkpoint} holds no tokenizer ({', '.join(sorted(files))}): save the model's in it")
@@ -173,7 +172,8 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
         )
     new = {key for key, *_ in report["mismatched_keys"]}
     keys = sorted(new | report["missing_keys"] | report["unexpected_keys"])
-    if misfits := [key for key in keys if _pre_trained(key, model)]:
+    backbone = {model.base_model_prefix, *dict(model.base_model.named_children())}  # a checkpoint may lack the prefix
+    if misfits := [key for key in keys if key.split(".")[0] in backbone and UNTRAINED.isdisjoint(key.split("."))]:
         names = ", ".join(misfits[:5]) + (" ..." if misfits[5:] else "")
         reason = f"weights outside the head are missing, or do not fit its config.json: {names}"
         raise ValueError(f"{checkpoint}: {reason}. Save the whole model with save_pretrained")
@@ -183,17 +183,10 @@ def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTr
     return model, tokenizer
 
 
-def _pre_trained(key: str, model: PreTrainedModel) -> bool:
-    """Whether a weight is of the backbone, whose prefix a checkpoint may lack."""
-    parts = key.removeprefix(f"{model.base_model_prefix}.").split(".")
-    inside = key.startswith(f"{model.base_model_prefix}.") or parts[0] in dict(model.base_model.named_children())
-    return inside and UNTRAINED.isdisjoint(parts)
-
-
 def _num_positions(model: PreTrainedModel) -> int:
     """The longest input in tokens; RoBERTa and its relatives number positions from the padding token's id + 1."""
-    tables = (each for name, each in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((getattr(each, "padding_idx", None) for each in tables), None)
+    tables = [each for name, each in model.named_modules() if name.endswith("embeddings.position_embeddings")]
+    padding = tables[0].padding_idx if tables else None
     return getattr(model.config, "max_position_embeddings", 10**9) - (0 if padding is None else padding + 1)
 
 
