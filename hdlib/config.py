@@ -118,13 +118,20 @@ class DistillConfig:
             f"batch_size={self.batch_size} cannot be divided over {processes} processes: take a multiple",
         )
         train, validation = as_blocks(train), as_blocks(validation)
-        self._check_blocks(train, validation, family(teacher).causal)
+        self._check_blocks(train, validation, family(teacher).causal, teacher.config.vocab_size)
         check_length(len(train[0]["input_ids"]), teacher)
         return target
 
-    def _check_blocks(self, train, validation, causal: bool) -> None:
+    def _check_blocks(self, train, validation, causal: bool, vocabulary: int) -> None:
         for part, blocks in (("training", train), ("validation", validation)):
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks: pass more text")
+            ids = blocks[: self.batch_size]["input_ids"]  # a sample: all blocks of a corpus are made together
+            _require(isinstance(ids, torch.Tensor), f"the {part} blocks differ in length: cut them to the same")
+            inside = ids.min() >= 0 and ids.max() < vocabulary
+            _require(
+                inside,
+                f"the {part} blocks hold token ids outside of 0 to {vocabulary - 1}: use the teacher's tokenizer",
+            )
         _require(
             len(train) >= self.batch_size,
             f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "

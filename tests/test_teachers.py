@@ -235,6 +235,23 @@ def test_a_model_with_an_adapter(teacher, tokenizer, blocks, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("change, words", [(60, "blocks hold token ids outside of 0 to 59"), (-1, "token ids outside")])
+def test_blocks_of_another_vocabulary(part, change, words, teacher, tokenizer, blocks, tmp_path):
+    columns = [hdlib.data.Blocks(**each.with_format("torch")[:12]) for each in blocks]
+    columns[part].columns["input_ids"][2, 3] = change
+    with pytest.raises(ValueError, match=words):
+        hdlib.distill(teacher, tokenizer, *columns, DistillConfig(**SHORT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_of_different_lengths(teacher, tokenizer, blocks, tmp_path):
+    train = blocks[0].take(8).map(lambda row, i: {"input_ids": row["input_ids"][: 16 - i]}, with_indices=True)
+    with pytest.raises(ValueError, match="training blocks differ in length"):
+        hdlib.distill(teacher, tokenizer, train, blocks[1], DistillConfig(**SHORT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_that_change_only_the_form_of_outputs(teacher, tokenizer, blocks, tmp_path):
     """A config with return_dict=False, output_attentions=True and so on, and a model compiled in place."""
     plain = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**SHORT), tmp_path / "plain")
