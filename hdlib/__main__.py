@@ -6,6 +6,7 @@ its current step, with a checkpoint and exit status 143.
 """
 
 import argparse
+import re
 import signal
 import sys
 from dataclasses import fields
@@ -14,6 +15,8 @@ from pathlib import Path
 import yaml
 
 from . import DistillConfig, Stopped, distill, load_corpus, load_teacher
+from .config import hint
+from .widths import family
 
 PLACES = {
     "teacher": "embedded",
@@ -25,6 +28,7 @@ PLACES = {
     "streaming": False,
     "run_dir": "",
 }
+NO_DECIMAL = re.compile(r"[-+]?(0[0-7_]+|0[xb][\da-f_]+|\d[\d_]*(:[0-5]?\d)+([.]\d*)?)", re.IGNORECASE)  # 010 is 8
 TYPES = {"corpus": str | list, "subset": str | None, "causal": bool | None}  # the others have that of their default
 
 
@@ -36,6 +40,7 @@ def main() -> None:
     try:
         places, config = read(arguments.config)
         teacher, tokenizer = load_teacher(places["teacher"])
+        places["causal"] = family(teacher).causal if places["causal"] is None else places["causal"]
         text = {name: places[name] for name in ("length", "text_column", "subset", "causal", "streaming")}
         train, validation = load_corpus(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
@@ -50,11 +55,19 @@ def main() -> None:
 def read(path: Path) -> tuple[dict, DistillConfig]:
     """A YAML file to (places, config). Raises ValueError for invalid YAML and for an unknown name or a wrong value."""
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the file is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError("the file has no names with values, such as `steps: 1000`")
+    for mapping in (node, *(value for _, value in node.value if isinstance(value, yaml.MappingNode))):
+        names = [name.value for name, _ in mapping.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the file sets {twice[0]} several times: keep one of them")
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and NO_DECIMAL.fullmatch(token.value):
+            raise ValueError(f"{token.value} is read as {yaml.safe_load(token.value)}: write it as a decimal number")
     known = [*PLACES, *(field.name for field in fields(DistillConfig))]
     if unknown := [str(name) for name in values if name not in known]:
         raise ValueError(f"unknown arguments {', '.join(unknown)}; known are: {', '.join(known)}")
@@ -65,7 +78,7 @@ def read(path: Path) -> tuple[dict, DistillConfig]:
         kind = TYPES.get(name, type(PLACES[name]))
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             expected = kind if name in TYPES else kind.__name__
-            raise ValueError(f"{name} must be of type {expected}; got {str(value)[:50]!r}")
+            raise ValueError(f"{name} must be of type {expected}; got {repr(value)[:50]}{hint(value, kind)}")
     if isinstance(places["corpus"], list) and not all(isinstance(path, str) for path in places["corpus"]):
         raise ValueError(f"corpus must be a path or a list of paths; got {str(places['corpus'])[:50]}")
     return places, DistillConfig(**values)

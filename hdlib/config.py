@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import as_blocks
 from .losses import TERMS, DistillationLoss
 from .masks import SCOPES
-from .models import check_length, check_vocabulary
+from .models import check_length, check_teacher, check_vocabulary
 from .narrowing import check_narrowable
 from .schedules import SCHEDULES
 from .scorers import SCORERS
@@ -112,6 +114,7 @@ class DistillConfig:
     ) -> Widths:
         """The student's final shape. Raises ValueError if a run with these arguments is impossible."""
         width_groups(teacher)
+        check_teacher(teacher)
         target = self.shape(teacher)
         check_narrowable(teacher, target)
         check_vocabulary(tokenizer, teacher)
@@ -122,13 +125,20 @@ class DistillConfig:
             f"batch_size={self.batch_size} cannot be divided over {processes} processes: take a multiple",
         )
         train, validation = as_blocks(train), as_blocks(validation)
-        self._check_blocks(train, validation, family(teacher).causal)
+        self._check_blocks(train, validation, family(teacher).causal, teacher.config.vocab_size)
         check_length(len(train[0]["input_ids"]), teacher)
         return target
 
-    def _check_blocks(self, train, validation, causal: bool) -> None:
+    def _check_blocks(self, train, validation, causal: bool, vocabulary: int) -> None:
         for part, blocks in (("training", train), ("validation", validation)):
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks: pass more text")
+            ids = blocks[: self.batch_size]["input_ids"]  # a sample: all blocks of a corpus are made together
+            _require(isinstance(ids, torch.Tensor), f"the {part} blocks differ in length: cut them to the same")
+            inside = ids.min() >= 0 and ids.max() < vocabulary
+            _require(
+                inside,
+                f"the {part} blocks hold token ids outside of 0 to {vocabulary - 1}: use the teacher's tokenizer",
+            )
         _require(
             len(train) >= self.batch_size,
             f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "
@@ -200,7 +210,8 @@ class DistillConfig:
                 continue
             kinds = (int, float) if isinstance(default, float) else type(default)
             matches = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-            _require(matches, f"{each.name} must be of type {type(default).__name__}; got {_short(value)}")
+            kind = type(default)
+            _require(matches, f"{each.name} must be of type {kind.__name__}; got {_short(value)}{hint(value, kind)}")
             _require(not isinstance(value, float) or math.isfinite(value), f"{each.name} must be finite; got {value}")
             small = not isinstance(value, int) or -LARGEST < value < LARGEST
             _require(small, f"{each.name} must be below {LARGEST:.0e}; got {_short(value)}")
@@ -208,7 +219,8 @@ class DistillConfig:
         if not isinstance(self.target, Widths):
             number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
             possible = number and 0 < self.target <= 1
-            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {_short(self.target)}")
+            got = f"{_short(self.target)}{hint(self.target, float)}"
+            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {got}")
             object.__setattr__(self, "target", float(self.target))
         pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
         valid = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)
@@ -219,6 +231,19 @@ class DistillConfig:
 def _short(value) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:50]} ..."
+
+
+def hint(value, kind: type) -> str:
+    """How to write a value of this type in YAML, which reads 3e-4 as a text, no as False and 2026-01-01 as a date."""
+    number = re.fullmatch(r"([-+]?\d+)([.]\d*)?e([-+]?)(\d{1,3})", str(value), re.IGNORECASE)
+    if number and kind is float:
+        digits, fraction, sign, exponent = number.groups()
+        return f", which YAML reads as a text: write {digits}{fraction or '.0'}e{sign or '+'}{exponent}"
+    if kind is int and (number or isinstance(value, float)) and float(value).is_integer():
+        return f": write {float(value):.0f}"
+    if kind is str and isinstance(value, bool | int | float | date):
+        return ": put it in quotes"
+    return ": write true or false" if kind is bool else ""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -129,13 +129,13 @@ class Masks:
             count = quota[kind] if kind != HEADS else widths.heads * self._groups[members[0]].size // wide.heads
             ranked = []
             for name in members:
-                score = scores[name].double().clone()
+                score = scores[name].cpu().double().clone()  # Apple's devices have no float64
                 if not self.recover:
-                    score[_complement(self.kept[name], len(score)).to(score.device)] = -1.0
+                    score[_complement(self.kept[name], len(score))] = -1.0
                 score[score.argmax()] += torch.finfo(torch.float64).max / 2  # the best of each layer is kept
                 ranked.append(score)
             highest = torch.cat(ranked).sort(descending=True, stable=True).indices[: count * len(members)]
-            is_kept = torch.zeros(sum(map(len, ranked)), dtype=torch.bool).index_fill(0, highest.cpu(), True)
+            is_kept = torch.zeros(sum(map(len, ranked)), dtype=torch.bool).index_fill(0, highest, True)
             layers = is_kept.split([len(score) for score in ranked])
             kept |= {name: layer.nonzero()[:, 0] for name, layer in zip(members, layers, strict=True)}
         return kept

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from torch import Tensor
 from torch.nn.functional import softmax
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MaskedLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .families import FAMILIES
@@ -38,7 +40,16 @@ from .widths import Widths, family, set_widths, unsupported
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
 SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}  # no pickle, no Python from a model's folder
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # Transformers makes one up if none is there
 UNUSED_ROWS = 1024  # accepted rows of the embedding without a token, since vocabularies are often padded
+# Parts of a checkpoint that language modelling does not use, and buffers that old versions saved.
+UNUSED = re.compile(r"(^|[.])(pooler|seq_relationship|position_ids|token_type_ids|inv_freq|masked_bias|version)([.]|$)")
+NO_WEIGHTS = {  # what a folder may hold instead of weights in safetensors, and the way out
+    "adapter_config.json": "an adapter: load it with PEFT, then merge_and_unload() and save_pretrained()",
+    "*.gguf": "GGUF files: use the safetensors checkpoint from which they were made",
+    "pytorch_model*.bin": "pickled weights, which can execute code, and no safetensors: if you trust them, open them "
+    "with Transformers and call save_pretrained()",
+}
 
 
 def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -49,25 +60,69 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub name that cannot be reached.
-        ValueError: a checkpoint without language-model head, or a tokenizer of another vocabulary.
+        ValueError: a checkpoint that does not fit its config, or lacks its head or its tokenizer.
         UnsupportedArchitecture: a family without a table of width groups.
     """
     config = shape_of(name_or_path)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{config.name_or_path} is quantised: use the checkpoint from which it was made")
     auto, source = language_model_class(config), config.name_or_path
+    if exists(source) and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZERS):
+        raise ValueError(f"{source} holds no tokenizer ({', '.join(TOKENIZERS)}): save the teacher's tokenizer in it")
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with no_progress_bars() if exists(source) else nullcontext():  # a download keeps its progress bar
-            model, report = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **SAFE_LOADING)
+            model, report = auto.from_pretrained(source, **options, **SAFE_LOADING)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {error}") from error
+    except Exception as error:  # of Transformers, tokenizers or safetensors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {reason}") from error
     family(model)
-    if missing := [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(report[kind], key=str)]:
-        raise ValueError(
-            f"the checkpoint {source} lacks weights, which would be random: {', '.join(missing)}. "
-            "Use a checkpoint that was saved with its language-model head."
-        )
+    _check_report(model, report)
+    check_teacher(model)
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def _check_report(model: PreTrainedModel, report: Mapping[str, set]) -> None:
+    """Raise ValueError if loading left weights of the model random, or weights of the checkpoint unread."""
+    own = {name.partition(".")[0] for part in (model, base_model(model)) for name, _ in part.named_children()}
+    unread = [key for key in report["unexpected_keys"] if key.partition(".")[0] in own and not UNUSED.search(key)]
+    shapes = [f"{key} of {tuple(saved)}, not {tuple(shape)}" for key, saved, shape in report["mismatched_keys"]]
+    found = {
+        "lacks weights, which would be random": report["missing_keys"],
+        "has weights of another shape than config.json gives them": shapes,
+        "has weights that a model of its config.json does not have": unread,
+    }
+    found = [f"{what}: {_listed(keys)}" for what, keys in found.items() if keys]
+    way_out = "Correct config.json, or use a checkpoint that was saved whole, with its language-model head"
+    if model.config.model_type == "deberta-v2" and any("predictions." in key for key in report["unexpected_keys"]):
+        way_out = f'Set "legacy": {str(not model.config.legacy).lower()} in its config.json, which selects the head'
+    if found:
+        raise ValueError(f"the checkpoint {model.name_or_path} {'; it '.join(found)}. {way_out}.")
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_teacher(model: PreTrainedModel) -> None:
+    """Raise ValueError unless this is the stock language model of its config, with its weights in memory."""
+    kind, causal = type(model).__name__, family(model).causal
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if causal else MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if (needed := names[model.config.model_type]) not in (each.__name__ for each in type(model).__mro__):
+        raise ValueError(f"a {kind} is no teacher: open the checkpoint with its language-model head, as {needed}")
+    if not causal and getattr(model.config, "is_decoder", False):
+        raise ValueError(f"this {kind} reads earlier tokens only: set is_decoder to false in its config")
+    with torch.device("meta"):
+        stock = {name: each.shape for name, each in type(model)(deepcopy(model.config)).named_parameters()}
+    loaded = ((name, each) for name, each in model.named_parameters() if each.is_floating_point() and not each.is_meta)
+    own = {name: each.shape for name, each in loaded}
+    if differ := [name for name in own | stock if own.get(name) != stock.get(name)]:
+        raise ValueError(
+            f"the teacher's weights are not those of a stock {kind} of its config, in memory: {_listed(differ)}. Load "
+            "it without quantisation, adapter or device_map; for an output matrix, correct tie_word_embeddings"
+        )
 
 
 def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
@@ -75,13 +130,30 @@ def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
     source = str(EMBEDDED_TEACHER) if name_or_path == "embedded" else expanduser(name_or_path)
 
     def ask():
-        return try_to_load_from_cache(source, "config.json") or HfApi().model_info(source, timeout=5)
+        return try_to_load_from_cache(source, "config.json") or HfApi().model_info(source, timeout=hub_timeout())
 
     check_reachable(source, False, ask, "model")
+    if exists(source):
+        _check_folder(Path(source))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no language model could be read from {source}: {error}") from error
+    except Exception as error:  # of Transformers, tokenizers or safetensors
+        raise ValueError(f"no language model could be read from {source}: {' '.join(str(error).split())}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError, with a way out, if a folder holds no config, or weights in other files than safetensors."""
+    loadable = any(folder.glob("model*.safetensors"))
+    for pattern in ["adapter_config.json"] if loadable else NO_WEIGHTS:
+        if any(folder.glob(pattern)):
+            raise ValueError(f"no language model could be read from {folder}: it holds {NO_WEIGHTS[pattern]}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no language model could be read from {folder}: name a folder that holds a config.json")
+
+
+def hub_timeout() -> int:
+    """Seconds to wait for an answer of the hub: the longer one of HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT."""
+    return max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: str) -> None:
@@ -113,13 +185,10 @@ def language_model_class(config: PreTrainedConfig) -> type:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Raise ValueError if the tokenizer cannot be that of the model."""
     rows, tokens = model.config.vocab_size, len(tokenizer)
-    pad, pad_of_model = tokenizer.pad_token_id, model.config.pad_token_id
     if tokens > rows or rows - tokens > UNUSED_ROWS:
         mismatch = f"the tokenizer has {tokens} entries, the teacher's embedding {rows} rows"
-    elif tokenizer.mask_token_id is None and not family(model).causal:
+    elif tokenizer.mask_token_id in (None, tokenizer.unk_token_id) and not family(model).causal:
         mismatch = "the tokenizer has no mask token"
-    elif None not in (pad, pad_of_model) and pad != pad_of_model:
-        mismatch = f"the padding token is {pad} for the tokenizer and {pad_of_model} for the teacher"
     else:
         return
     raise ValueError(
@@ -218,7 +287,7 @@ def forward(
         Hugging Face outputs with `logits` (N, V) or (B, S, V), `hidden_states` (L + 1 of (B, S, D)) and
         `attentions` (L of QueryKey, or of Scores for a family without SDPA).
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
     if family(model).causal:
         inputs["use_cache"] = False
     eager = None if model._supports_sdpa else _SoftmaxInputs()
@@ -244,7 +313,7 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     row = states.reshape(1, -1, states.shape[-1])  # (1, N, D)
     output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
     with patch.object(base_model(model), "forward", lambda *arguments, **options: output):
-        logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long)).logits  # (1, N, V)
+        logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long), return_dict=True).logits  # (1, N, V)
     return logits.view(*states.shape[:-1], logits.shape[-1])
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class Run:
     """An opened run folder. Properties read the files at each access."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(expanduser(folder))
         self._parsed = (b"", None)  # the lines of metrics.jsonl and their table
 
     @classmethod

@@ -66,6 +66,7 @@ class PretendDevice(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()  # the host waits for the device: a number or a mask is read
         self.copies: Counter[str] = Counter()  # a CPU tensor is copied to the device
+        self.doubles: Counter[str] = Counter()  # numbers in float64 on the device, which Apple's devices do not have
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -80,6 +81,8 @@ class PretendDevice(TorchDispatchMode):
             options = options | {"device": torch.device("cpu")}
         with _disable_current_modes(), torch.no_grad():
             out = function(*tree_map(_inside, arguments), **tree_map(_inside, options))
+        if wrap and any(leaf.dtype == torch.float64 for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            self.doubles[_place()] += 1
         wrappers = {id(tensor.inner): tensor for tensor in shadows}  # what was changed in place is the same tensor
         given = {id(tensor) for tensor in tensors}
 

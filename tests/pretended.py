@@ -27,6 +27,7 @@ def test_no_tensors_of_two_devices_meet(name, pretend_device):  # noqa: F811
     case = cases.cases(6)[f"float32: {name}"]
     found = case(DEVICE)
     assert pretend_device.waits or pretend_device.copies, "nothing ran on the device"
+    assert not [place for place in pretend_device.doubles if not place.startswith("discrepancy.py")]
     reference = {"value": case(torch.device("cpu"))} if name.startswith(("discrepancy", "narrow with")) else None
     if reference:
         assert cases.compared({"value": found}, reference, "float32")["passed"]

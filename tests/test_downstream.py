@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import random
+from copy import copy
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +19,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from scipy import stats
 from sklearn import metrics
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hdlib import downstream
 from hdlib.downstream import FineTuneConfig, SquadConfig, Task, exact_match, load_task, squad_f1
@@ -26,6 +29,7 @@ from hdlib.downstream.squad import _targets, _windows, best_spans, score_answers
 from hdlib.downstream.tasks import _swap
 
 from conftest import WORDS, random_bert, sentences
+from models import random_model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real tasks, if the folder exists
 FOLDER = Path(downstream.__file__).parent
@@ -400,10 +404,131 @@ def test_only_the_head_may_be_new(checkpoint, easy, tokenizer, tmp_path):
     weights = {name: value for name, value in model.state_dict().items() if "layer.1.output.dense" not in name}
     model.save_pretrained(tmp_path, state_dict={name: value.clone() for name, value in weights.items()})
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks weights outside the head, .*: bert.encoder.layer.1.output.dense"):
+    with pytest.raises(ValueError, match=r"weights outside the head are missing.*: bert.encoder.layer.1.output.dense"):
         downstream.finetune(tmp_path, *easy, FineTuneConfig())
     with pytest.raises(ValueError, match="cannot be opened for fine-tuning"):
         downstream.finetune(tmp_path / "nowhere", *easy, FineTuneConfig())
+
+
+def saved(folder, name: str, tokenizer, head: type | None = None, **options):
+    """A checkpoint of a family with random weights, with another head if it is given."""
+    model = random_model(name, vocabulary=len(tokenizer), **options)
+    (head(model.config) if head else model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ONE_STEP = FineTuneConfig(train_rows=8, batch_size=8, epochs=1)
+
+
+def test_a_head_of_another_shape_is_replaced_and_a_backbone_is_not(checkpoint, easy, tokenizer, tmp_path):
+    task, data = easy
+    three = data["train"].cast_column("label", ClassLabel(names=["without", "with", "perhaps"]))
+    three = DatasetDict(train=three, validation=three.take(4))
+    downstream.finetune(
+        checkpoint, replace(task, classes=3, measures=("accuracy",)), three, ONE_STEP, save_to=tmp_path / "three"
+    )
+    with pytest.warns(UserWarning, match="three: a new head replaces one of another shape: classifier.bias, class"):
+        downstream.finetune(tmp_path / "three", task, data, ONE_STEP, save_to=tmp_path / "two")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "two").num_labels == 2
+    numbers = DatasetDict({part: rows.cast_column("label", Value("double")) for part, rows in data.items()})
+    score = replace(task, regression=True, classes=None, measures=("spearman",))
+    with pytest.warns(UserWarning, match="a new head"):
+        downstream.finetune(tmp_path / "two", score, numbers, ONE_STEP, save_to=tmp_path / "number")
+    assert AutoConfig.from_pretrained(tmp_path / "number").problem_type == "regression"
+    answers = DatasetDict(dict.fromkeys(("train", "validation"), find_the_neuron(4, 1, False)))
+    config = SquadConfig(epochs=1, length=28)
+    assert "f1" in downstream.finetune_squad(tmp_path / "three", downstream.SQUAD["squad"], answers, config)
+    path = tmp_path / "two" / "config.json"
+    for changes, words in (({"vocab_size": 90}, "word_embeddings"), ({"num_hidden_layers": 1}, "encoder.layer.1")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 60, "num_hidden_layers": 2} | changes))
+        with pytest.raises(ValueError, match=f"weights outside the head are missing, or do not fit .*{words}"):
+            downstream.finetune(tmp_path / "two", task, data, ONE_STEP)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama", "opt"])
+def test_texts_are_cut_to_the_positions_of_the_model(name, tokenizer, tmp_path):
+    """A tokenizer without model_max_length, and texts longer than the 24 positions."""
+    positions = 26 if name == "roberta" else 24  # the first ones are of the padding token
+    endless = copy(tokenizer)
+    endless.model_max_length = int(1e30)
+    folder = saved(tmp_path / "model", name, endless, max_position_embeddings=positions, pad_token_id=1)
+    rows = {"text": ["the student learns a slow step " * 9] * 8, "label": [0, 1] * 4}
+    rows = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    task = Task(name="long", texts=("text",), classes=2)
+    data = DatasetDict(train=rows, validation=rows)
+    assert downstream.finetune(folder, task, data, ONE_STEP, save_to=tmp_path / "tuned")["accuracy"] == 0.5
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").model_max_length == 24
+    if name in ("bert", "roberta"):
+        squad = Dataset.from_dict(find_the_neuron(4, 1, False).to_dict() | {"question": ["width? " * 20] * 4})
+        data, config = DatasetDict(train=squad, validation=squad), SquadConfig(epochs=1)
+        assert "f1" in downstream.finetune_squad(folder, downstream.SQUAD["squad"], data, config)
+
+
+def test_a_question_leaves_room_for_its_passage(tokenizer):
+    for length, words in itertools.product((12, 16, 28, 32), (1, 4, 10, 20, 40)):
+        limited = copy(tokenizer)
+        limited.model_max_length = length
+        batch = questions(("a step " * 20, "width " * words, [])).to_dict()
+        windows = _windows(batch, limited, SquadConfig())
+        assert max(map(len, windows["input_ids"])) == length
+        assert all(sum(begin >= 0 for begin, _ in each) for each in windows["offsets"])
+
+
+def test_rows_are_padded_with_the_token_that_the_model_takes_for_padding(easy, tokenizer, tmp_path):
+    """A causal head reads the last token that is not padding; the alone text and the padded one must agree."""
+    for pad in (None, 2, 30):  # none, another special token, an ordinary one
+        folder = saved(tmp_path / str(pad), "gpt2", tokenizer, pad_token_id=pad)
+        model, its_tokenizer = FINETUNE.open_with_head(AutoModelForSequenceClassification, folder, num_labels=2)
+        texts = ["the step", "the student learns a slow step"]
+        together, alone = (its_tokenizer(each, padding=True, return_tensors="pt") for each in (texts, texts[:1]))
+        model.eval()
+        with torch.no_grad():
+            assert torch.allclose(model(**together).logits[0], model(**alone).logits[0], atol=1e-5), pad
+
+
+@pytest.mark.parametrize(
+    "remove, add, message",
+    [
+        ("tokenizer.json", None, "holds no tokenizer"),
+        ("model.safetensors", None, "cannot be opened for fine-tuning: .*no file named model.safetensors"),
+        ("model.safetensors", "model.safetensors", "cannot be opened for fine-tuning: .*header"),
+        ("config.json", None, "cannot be opened for fine-tuning"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole(remove, add, message, easy, tokenizer, tmp_path):
+    (saved(tmp_path, "bert", tokenizer) / remove).unlink()
+    if add:
+        (tmp_path / add).write_bytes(b"{")
+    with pytest.raises(ValueError, match=message) as refusal:
+        downstream.finetune(tmp_path, *easy, ONE_STEP)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_larger_than_the_embedding(easy, tokenizer, tmp_path):
+    random_bert(vocabulary=len(tokenizer) - 1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 59 embeddings for 60 tokens"):
+        downstream.finetune(tmp_path, *easy, ONE_STEP)
+
+
+def test_the_home_folder_is_expanded(easy, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "model", "bert", tokenizer)
+    downstream.finetune("~/model", *easy, ONE_STEP, save_to="~/tuned")
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+    downstream.score({"a": "~/model"}, {"easy": easy}, [1e-3], [1], "~/scores", train_rows=8, epochs=1)
+    assert list((tmp_path / "scores").glob("easy-a-*.json"))
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+def test_a_slow_hub_is_waited_for(variable, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, variable, 77)
+    waited = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, timeout: waited.append(timeout))
+    with pytest.raises(FileNotFoundError):
+        load_task("rte", "some/data")
+    assert waited == [77]
 
 
 @pytest.mark.parametrize(

@@ -345,3 +345,14 @@ def test_figures_show_the_measured_numbers(study):
     assert [label.get_text() for label in ends.get_yticklabels()] == ["cubic", "one shot"]
     layers = hdlib.lab.plot_layers(trained["cubic"][0], "attention").axes[0]
     assert layers.collections[0].get_array().shape == (2, 3)
+
+
+def test_the_folders_of_studies_and_results_are_below_the_home_folder(
+    teacher, tokenizer, blocks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DistillConfig(steps=2, batch_size=4, target=0.5, eval_blocks=2)
+    study = Study(teacher, tokenizer, *blocks, config, "~/study")
+    ((run,),) = study.distill({"plain": {}}, [1]).values()
+    assert run.folder == tmp_path / "study" / "plain-seed-1"
+    assert hdlib.lab.save_result("~/result", {"kl": 1.0}) == tmp_path / "result" / "result.json"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from os.path import exists, expanduser
 from pathlib import Path
 from time import perf_counter
 
@@ -31,7 +33,8 @@ from transformers.utils import logging
 
 from .tasks import Task
 
-HEAD_PARTS = ("pooler", "sequence_summary")  # submodules of the backbone that language modelling does not train
+# Parts of a backbone that language modelling does not train, and buffers that old versions saved.
+UNTRAINED = {"pooler", "sequence_summary", "position_ids", "token_type_ids", "inv_freq", "masked_bias", "version"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ def finetune(
         The task's measures on the held-out part, and `seconds` of training.
 
     Raises:
-        ValueError: the checkpoint cannot be opened, or lacks weights outside the new head (they would be random).
+        ValueError: the checkpoint cannot be opened, or its weights outside the head are not those of its config.
         ArithmeticError: training diverged: weights or logits are not finite.
     """
     set_seed(config.seed)  # before the head is created
@@ -81,7 +84,7 @@ def finetune(
     if not task.regression:
         names = data["train"].features["label"].names
         head = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    model, tokenizer = open_with_head(AutoModelForSequenceClassification, checkpoint, **head)
+    model, tokenizer = open_with_head(AutoModelForSequenceClassification, checkpoint, problem_type=None, **head)
     length = min(config.length, tokenizer.model_max_length)
     parts = (sample(data["train"], config.train_rows), data["validation"])
     train, held_out = (_tokenised(rows, tokenizer, length) for rows in parts)
@@ -92,8 +95,8 @@ def finetune(
     if not np.isfinite(logits).all():
         raise _diverged(f"{checkpoint} on {task.name}", "logits", config)
     if save_to is not None:
-        trainer.save_model(str(save_to))
-        tokenizer.save_pretrained(str(save_to))
+        trainer.save_model(expanduser(save_to))
+        tokenizer.save_pretrained(expanduser(save_to))
     predictions = logits[:, 0] if task.regression else logits.argmax(-1)
     return measure(task.measures, labels, predictions) | {"seconds": seconds}
 
@@ -136,44 +139,55 @@ def _diverged(what: str, values: str, config: FineTuneConfig) -> ArithmeticError
 
 
 def open_with_head(kind: type, checkpoint: str | Path, **changes) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a checkpoint with the new head of `kind`, an auto class, and its tokenizer; float32 weights.
+    """Open a checkpoint with the head of `kind`, an auto class, and its tokenizer, limited to the model's positions.
 
-    `changes` replaces fields of its config. Raises ValueError if it cannot be opened or lacks weights outside the head.
+    `changes` replaces fields of its config. Weights are float32; a head of another shape is replaced, with a warning.
+    Raises ValueError if the checkpoint cannot be opened or its other weights do not fit its config.
     """
+    checkpoint = expanduser(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **changes)
-        if config.pad_token_id is None:  # causal models: the head reads the last token that is not padding
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if config.pad_token_id in tokenizer.all_special_ids:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        config.pad_token_id = tokenizer.pad_token_id  # causal models: the head reads the last token that is not padding
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with ExitStack() as stack:  # no progress bar, and no report on new weights, which are checked below
             stack.callback(logging.set_verbosity, logging.get_verbosity())
             if logging.is_progress_bar_enabled():
                 stack.callback(logging.enable_progress_bar)
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-            model, report = kind.from_pretrained(
-                checkpoint,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {error}") from error
-    backbone = f"{model.base_model_prefix}."
-    missing = [
-        key
-        for key in sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-        if key.startswith(backbone) and key.removeprefix(backbone).split(".")[0] not in HEAD_PARTS
-    ]
-    if missing:
+            model, report = kind.from_pretrained(checkpoint, config=config, **options)
+    except Exception as error:  # of Transformers, tokenizers or safetensors
+        raise ValueError(f"{checkpoint} cannot be opened for fine-tuning: {' '.join(str(error).split())}") from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}  # Transformers makes one up if none is there
+    if exists(checkpoint) and not any(exists(Path(checkpoint) / file) for file in files):
+        raise ValueError(f"{checkpoint} holds no tokenizer ({', '.join(sorted(files))}): save the model's in it")
+    if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{checkpoint} lacks weights outside the head, which would be random: "
-            f"{', '.join(missing[:5])}{' ...' if missing[5:] else ''}. Save the whole model with save_pretrained"
+            f"{checkpoint} has {config.vocab_size} embeddings for {len(tokenizer)} tokens of its tokenizer"
         )
+    new = {key for key, *_ in report["mismatched_keys"]}
+    keys = sorted(new | report["missing_keys"] | report["unexpected_keys"])
+    backbone = {model.base_model_prefix, *dict(model.base_model.named_children())}  # a checkpoint may lack the prefix
+    if misfits := [key for key in keys if key.split(".")[0] in backbone and UNTRAINED.isdisjoint(key.split("."))]:
+        names = ", ".join(misfits[:5]) + (" ..." if misfits[5:] else "")
+        reason = f"weights outside the head are missing, or do not fit its config.json: {names}"
+        raise ValueError(f"{checkpoint}: {reason}. Save the whole model with save_pretrained")
+    if new:
+        warnings.warn(f"{checkpoint}: a new head replaces one of another shape: {', '.join(sorted(new))}", stacklevel=3)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _num_positions(model))
     return model, tokenizer
+
+
+def _num_positions(model: PreTrainedModel) -> int:
+    """The longest input in tokens; RoBERTa and its relatives number positions from the padding token's id + 1."""
+    tables = [each for name, each in model.named_modules() if name.endswith("embeddings.position_embeddings")]
+    padding = tables[0].padding_idx if tables else None
+    return getattr(model.config, "max_position_embeddings", 10**9) - (0 if padding is None else padding + 1)
 
 
 def _tokenised(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:

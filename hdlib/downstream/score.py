@@ -127,7 +127,7 @@ def _train_once(
     stem: Path, checkpoint, task: Task, data: DatasetDict, settings: dict, draw_only: bool, rate: float, seed: int
 ) -> dict[str, float] | None:
     """The measures of one training, which one process runs and stores; None for `draw_only` and no stored ones."""
-    path = stem.with_name(f"{stem.name}-rate-{rate:g}-seed-{seed}.json")
+    path = stem.expanduser().with_name(f"{stem.name}-rate-{rate:g}-seed-{seed}.json")
     if draw_only and not path.exists():
         return None
     kind, run = (SquadConfig, finetune_squad) if task.name in SQUAD else (FineTuneConfig, finetune)

@@ -133,7 +133,7 @@ def finetune_squad(checkpoint: str | Path, task: Task, data: DatasetDict, config
         ValueError, ArithmeticError: as `finetune`; or a tokenizer without character offsets or [CLS].
     """
     set_seed(config.seed)  # before the head is created
-    model, tokenizer = open_with_head(AutoModelForQuestionAnswering, checkpoint)
+    model, tokenizer = open_with_head(AutoModelForQuestionAnswering, checkpoint, num_labels=2)
     if not tokenizer.is_fast or tokenizer.cls_token_id is None:
         raise ValueError(f"{checkpoint}: its tokenizer has no character offsets or no [CLS]; SQuAD needs both")
     rows, held_out = sample(data["train"], config.train_rows), data["validation"]
@@ -160,8 +160,11 @@ def _windows(batch: dict, tokenizer, config: SquadConfig) -> dict:
     id; `index` its position in the batch.
     """
     length = min(config.length, tokenizer.model_max_length)
+    questions = [question.strip() for question in batch["question"]]
+    limits = {"truncation": True, "max_length": length // 3, "add_special_tokens": False}  # most is for the passage
+    ends = tokenizer(questions, **limits, return_offsets_mapping=True)["offset_mapping"]
     encoded = tokenizer(
-        [question.strip() for question in batch["question"]],
+        [question[: end[-1][1]] if end else "" for question, end in zip(questions, ends, strict=True)],
         batch["context"],
         truncation="only_second",
         max_length=length,

@@ -27,7 +27,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.config import HF_DATASETS_CACHE
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from ..text.documentation import gather
 
@@ -150,7 +150,8 @@ def _from_hub(name: str, source: str, parts: dict[str, str]) -> dict[str, Datase
         raise FileNotFoundError(f"the folder {source} does not exist")
     try:
         if not (Path(HF_DATASETS_CACHE) / source.replace("/", "___")).exists():
-            HfApi().dataset_info(source, timeout=5)  # without a network, load_dataset would retry for minutes
+            timeout = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            HfApi().dataset_info(source, timeout=timeout)  # without a network, load_dataset would retry for minutes
         found = load_dataset(source, name if source == HUB else None)
     except Exception as error:
         raise FileNotFoundError(
@@ -228,7 +229,7 @@ def load_probe(name: str, folder: str | Path | None = None) -> tuple[Task, Datas
     """
     if name not in PROBES:
         raise ValueError(f"unknown probe {name!r}: use one of {', '.join(PROBES)}")
-    folder = Path(folder or gather())
+    folder = Path(folder or gather()).expanduser()
     documents = {part: pd.read_parquet(folder / f"{part}.parquet").to_dict("records") for part in PROBE_ROWS}
     if name == "package":
         # Chosen by the held-out part, the smaller one, so that each class has enough rows there.

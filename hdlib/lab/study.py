@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +22,7 @@ from ..config import DistillConfig
 from ..distill import distill
 from ..models import load_teacher
 from ..runs import Run, write_whole
+from ..widths import family
 from . import cost
 
 MEASURES = ("kl", "agreement", "mlm", "accuracy", "hidden", "teacher_mlm")  # held out, at the last step
@@ -55,7 +57,7 @@ class Study:
         from ..text.corpus import load_corpus  # imports datasets, which nothing else here needs
 
         model, tokenizer = load_teacher(teacher)
-        train, validation = load_corpus(corpus, tokenizer, length)
+        train, validation = load_corpus(corpus, tokenizer, length, causal=family(model).causal)
         config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 20)} | fields)
         return cls(model, tokenizer, train, validation, config, folder, draw_only)
 
@@ -96,7 +98,8 @@ class Study:
 
     def _run(self, arm: str, config: DistillConfig) -> Run | None:
         name = f"{arm}-seed-{config.seed}"
-        done, unfinished = Path(self.folder) / name, Path(self.folder) / "unfinished" / name
+        folder = Path(expanduser(self.folder))
+        done, unfinished = folder / name, folder / "unfinished" / name
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{unfinished}.lock"):
             if not done.exists() and self.draw_only:
@@ -232,7 +235,7 @@ def save_result(
 
     `result.json` is written last, so it marks a complete folder. A number in it that is not finite raises ValueError.
     """
-    folder = Path(folder)
+    folder = Path(expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if table is not None:

@@ -51,7 +51,7 @@ def gather(cache_dir: Path | None = None) -> Path:
     The folder is in `cache_dir` (default: $HDLIB_CACHE, else ~/.cache/hdlib); its name depends on the versions of
     Python and of the packages. Raises RuntimeError for less than `MINIMUM_BYTES` bytes of prose.
     """
-    cache = Path(cache_dir or os.environ.get("HDLIB_CACHE") or Path.home() / ".cache" / "hdlib")
+    cache = Path(cache_dir or os.environ.get("HDLIB_CACHE") or "~/.cache/hdlib").expanduser()
     packages = required(PACKAGES)
     facts = RECIPE, platform.python_version(), sorted((name, each.version) for name, each in packages.items())
     folder = cache / f"documentation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
