@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Masking, NextToken, labelled_once
-from ..models import check_reachable
+from ..models import check_reachable, hub_timeout
 from .documentation import gather
 from .reading import HELD_OUT_NAMES, LONGEST, READERS, documents, extension, opened, pieces, text_files, text_of
 
@@ -147,7 +147,7 @@ def load_documents(
 
 def _from_hub(name: str, column: str, subset: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     cached = exists(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))
-    check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=5), "data set")
+    check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=hub_timeout()), "data set")
     try:
         found = datasets.load_dataset(name, subset, streaming=streaming)
     except Exception as error:  # has many causes: no connection, no such configuration, a script
