@@ -29,7 +29,7 @@ from .widths import QUERY_KEY, Axis, Block, Widths, axes_of, width_groups
 
 INPUT_AXIS = {nn.Linear: 1, Conv1D: 0}  # the axis of a layer's weight that multiplies its input
 WINDOW = 8  # steps before a prune whose batches give moments
-RIDGE = 1e-3  # of the mean square of the kept neurons
+RIDGE = 1e-6  # of the mean square of the kept neurons
 LAST = "last_hidden_state"
 STATES = "hidden_states."  # followed by a layer: what a projection of the loss reads
 
@@ -89,7 +89,7 @@ class Compensation:
         hooks = []
         if HIDDEN in width_groups(model):  # else the residual stream keeps its width
             hooks.append(base_model(model).register_forward_hook(self._after_base))
-        for name, module, _ in readers(model):
+        for name, module, _ in (*readers(model), *readers(model, tied=True)):
             hooks.append(
                 module.register_forward_pre_hook(lambda _module, inputs, name=name: self._add(name, inputs[0]))
             )
@@ -129,7 +129,7 @@ class Compensation:
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:
         """Change weights so that `hdlib.narrow` to the neurons `kept` changes outputs and projections little."""
-        axes = {name: axis for name, _, axis in (*readers(model), *norms(model))}
+        axes = {name: axis for name, _, axis in (*readers(model), *readers(model, tied=True), *norms(model))}
         hidden = (Block(HIDDEN, model.config.hidden_size, 1, 0, False),)
         axes |= {name: hidden for name in self._source if name == LAST or name.startswith(STATES)}
         fits = _Fits({name: m.over_processes() for name, m in self._moments.items()}, self._source, axes, kept)
@@ -137,9 +137,14 @@ class Compensation:
             if fits.removes(name):
                 weight = module.weight.T if isinstance(module, nn.Linear) else module.weight  # (D, out)
                 fold(weight, module.bias, *fits.fit(name, centred=module.bias is not None))
+        targets = {}  # of the norm before a decoder that shares its weights with the embedding: they cannot be folded
+        for name, module, _ in readers(model, tied=True):
+            if fits.removes(name):
+                targets[self._source[name]] = expressed(module, *fits.means(name)[:1], fits.indices(name))
         for name, module, _ in norms(model):
             if fits.removes(name):
-                refit_norm(module, *fits.moments[self._source[name]].means(), fits.indices(name))
+                target = targets.get(self._source[name])
+                refit_norm(module, *fits.means(name), fits.indices(name), target)
         for layer, projection in enumerate([loss.embedding_projection, *loss.hidden_projections]):
             if fits.removes(name := f"{STATES}{layer}"):
                 fold(projection, None, *fits.fit(name, centred=False))
@@ -162,13 +167,16 @@ class _Fits:
     def indices(self, name: str) -> Tensor:
         return kept_indices(self.axes[name], self.kept).cpu()
 
+    def means(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.moments[self.source[name]].means()
+
     def removes(self, name: str) -> bool:
         return name in self.source and len(self.indices(name)) < len(self.moments[self.source[name]].total)
 
     def fit(self, name: str, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         key = self.source[name], centred
         if key not in self._made:
-            self._made[key] = regression(*self.moments[key[0]].means(), self.indices(name), centred)
+            self._made[key] = regression(*self.means(name), self.indices(name), centred)
         return self._made[key]
 
 
@@ -204,40 +212,63 @@ def fold(weight: Tensor, bias: Tensor | None, kept: Tensor, removed: Tensor, wei
         bias += (constant @ lost).to(bias)
 
 
-def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor) -> None:
-    """Scale and shift of a norm over the kept neurons for which its output is nearest to that of before, in place.
+def expressed(decoder: nn.Linear, mean: Tensor, kept: Tensor) -> Tensor:
+    """The map (K, D) from states x to the kept ones whose logits are nearest to those of all, over the vocabulary.
 
-    A norm divides by a deviation that changes with the set of neurons. From the moments of its output: that deviation
-    is taken as equal for all tokens.
+    What it leaves of the mean logits is added to the decoder's bias, in place.
     """
-    kept = kept.to(mean.device)
-    scale = norm.weight.to(mean)[kept]
-    shifted = isinstance(norm, nn.LayerNorm) and norm.bias is not None
-    shift = norm.bias.to(mean)[kept] if shifted else torch.zeros_like(scale)
-    # The output is scale n + shift, with n the normed state.
-    inverse = torch.where(scale.abs() > 1e-4 * scale.abs().max(), 1 / scale, 0.0)
-    target, of_n = mean[kept], (mean[kept] - shift) * inverse
-    covariance = (products - torch.outer(mean, mean))[kept][:, kept] * torch.outer(inverse, inverse)
-    second = covariance + torch.outer(of_n, of_n)
-    if not isinstance(norm, nn.LayerNorm):  # a root mean square norm
-        norm.weight[kept] = (scale * second.diagonal().mean().sqrt()).to(norm.weight)
-        return
-    deviation = (second.diagonal().mean() - second.mean()).sqrt()
-    moments = covariance if shifted else second
-    with_n = (moments.diagonal() - moments.mean(1)) / deviation  # of the new normed state and n
-    own = (moments.diagonal() - 2 * moments.mean(1) + moments.mean()) / deviation.square()
-    new = scale * with_n / own.clamp(min=torch.finfo(own.dtype).tiny)
+    kept, weight = kept.to(mean.device), decoder.weight.to(mean.device)
+    gram = (weight.T @ weight).double()  # (D, D)
+    own = gram[kept][:, kept]
+    own.diagonal().add_(RIDGE * own.diagonal().mean())
+    targets = torch.cholesky_solve(gram[kept], torch.linalg.cholesky(own))
+    if decoder.bias is not None:
+        rest = mean.index_add(0, kept, targets @ mean, alpha=-1)
+        decoder.bias += (weight @ rest.to(weight)).to(decoder.bias)
+    return targets
+
+
+def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, targets: Tensor | None = None) -> None:
+    """Scale and shift of a norm over the kept neurons for which its output is nearest to `targets` x, in place.
+
+    A norm divides by a deviation that changes with the set of neurons. Only the moments of its output x are known, so
+    that deviation is taken as equal for all tokens. targets (K, D); None: its output of before.
+    """
+    kept, layer_norm = kept.to(mean.device), isinstance(norm, nn.LayerNorm)
+    targets = torch.eye(len(mean)).to(mean)[kept] if targets is None else targets
+    shifted = layer_norm and norm.bias is not None
+    scale, shift = norm.weight.to(mean)[kept], norm.bias.to(mean)[kept] if shifted else torch.zeros_like(mean[kept])
+    inverse = torch.where(scale.abs() > 1e-4 * scale.abs().max(), 1 / scale, 0.0)  # x = scale n + shift, n normed
+    center = mean if shifted else torch.zeros_like(mean)
+    covariance = products - torch.outer(center, center)
+    own = covariance[kept][:, kept] * torch.outer(inverse, inverse)  # of n
+    with_targets = inverse[:, None] * (covariance[kept] @ targets.T)  # of n_j and target i
+    of_n = (mean[kept] - shift) * inverse
+    second = products[kept][:, kept] * torch.outer(inverse, inverse) if not shifted else own + torch.outer(of_n, of_n)
+    deviation, across = second.diagonal().mean(), torch.zeros_like(of_n)
+    if layer_norm:  # the mean over neurons is subtracted
+        deviation = deviation - second.mean()
+        of_n = of_n - of_n.mean()
+        across = own.mean(1)
+        own_of = own.diagonal() - 2 * across + own.mean()
+        with_own = with_targets.diagonal() - with_targets.mean(0)
+    else:
+        own_of, with_own = own.diagonal(), with_targets.diagonal()
+    new = deviation.sqrt() * with_own / own_of.clamp(min=torch.finfo(own.dtype).tiny)
     norm.weight[kept] = new.to(norm.weight)
     if shifted:
-        norm.bias[kept] = (target - new * (of_n - of_n.mean()) / deviation).to(norm.bias)
+        norm.bias[kept] = (targets @ mean - new * of_n / deviation.sqrt()).to(norm.bias)
 
 
-def readers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Axis]]:
-    """Name, module and input axis of the linear layers that read neurons, but those whose weights are tied."""
+def readers(model: PreTrainedModel, tied: bool = False) -> Iterator[tuple[str, nn.Module, Axis]]:
+    """Name, module and input axis of the linear layers that read neurons, with weights of their own or `tied` ones."""
     axes, sites = axes_of(model), sites_of(model)
     for name, module in model.named_modules():
         kind = next((kind for kind in INPUT_AXIS if isinstance(module, kind)), None)
-        if kind is not None and len(sites[module.weight]) == 1 and (axis := axes[f"{name}.weight"][INPUT_AXIS[kind]]):
+        if kind is None or (len(sites[module.weight]) > 1) != tied:
+            continue
+        parameter = next(name for name, parameter in model.named_parameters() if parameter is module.weight)
+        if axis := axes[parameter][INPUT_AXIS[kind]]:
             yield name, module, axis
 
 

@@ -12,7 +12,7 @@ import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.models import forward, student_of
 from hdlib.narrowing import choose
-from hdlib.reconstruction import Compensation, Moments, readers, regression, rotate_heads
+from hdlib.reconstruction import RIDGE, Compensation, Moments, readers, regression, rotate_heads
 from hdlib.widths import source_layers, width_groups
 
 from conftest import full, random_batch, random_bert
@@ -117,7 +117,7 @@ def test_every_reader_against_numpy(kind):
         center = x.mean(0) if module.bias is not None else 0 * x[0]
         inner = (x - center)[:, keep]
         own = inner.T @ inner / len(x)
-        own += 1e-3 * np.diag(own).mean() * np.eye(len(keep))
+        own += RIDGE * np.diag(own).mean() * np.eye(len(keep))
         fit = np.linalg.solve(own, inner.T @ (x - center)[:, lost] / len(x))  # (K, P)
         np.testing.assert_allclose(new[keep], old[keep] + fit @ old[lost], rtol=1e-3, atol=1e-4)
         if module.bias is not None:
