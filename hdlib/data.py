@@ -90,7 +90,8 @@ def sample(blocks, count: int, seed: int = 0) -> Blocks:
     """`count` blocks drawn over all of them, in their order; all if there are fewer."""
     blocks = as_blocks(blocks)
     drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return Blocks(**blocks[drawn.tolist()])
+    columns = blocks[drawn.tolist()]
+    return Blocks(columns["input_ids"], columns.get("labels"))
 
 
 class TrainingBatches(torch.utils.data.Dataset):

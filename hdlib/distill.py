@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from hashlib import sha256
 from os.path import expanduser
 from pathlib import Path
 
@@ -247,8 +248,8 @@ def _opened(accelerator: Accelerator, run_dir: str, arguments: dict, resume: boo
         if writes and not (resume and run.begun):
             Run.start(run_dir, arguments, accelerator.num_processes)
         accelerator.wait_for_everyone()
-        for part in ("config", "blocks") if resume else ():
-            was, now = run.arguments[part], arguments[part]
+        for part in ("config", "blocks", "content") if resume else ():
+            was, now = run.arguments.get(part, {}), arguments[part]
             changed = [name for name in now if name not in MAY_CHANGE and was.get(name) != now[name]]
             if changed:
                 differences = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in changed)
@@ -259,7 +260,20 @@ def _opened(accelerator: Accelerator, run_dir: str, arguments: dict, resume: boo
 def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validation, device: torch.device) -> dict:
     blocks = {"train": len(train), "validation": len(validation), "length": len(train[0]["input_ids"])}
     name, precision = teacher.name_or_path or type(teacher).__name__, resolve_precision(config.precision, device)
-    return {"config": config.to_dict(), "blocks": blocks, "teacher": name, "precision": precision}
+    content = {"teacher": _digest(teacher.parameters())}
+    for part, every in (("train", train), ("validation", validation)):
+        content[part] = _digest([every[list(range(0, len(every), 1 + len(every) // 256))]["input_ids"]])
+    described = {"config": config.to_dict(), "blocks": blocks, "content": content}
+    return described | {"teacher": name, "precision": precision}
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Of some thousand entries of each tensor: a resumed run must have the same teacher and text."""
+    digest = sha256()
+    for tensor in tensors:
+        some = tensor.detach().flatten()[:: 1 + tensor.numel() // 4096]
+        digest.update(some.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

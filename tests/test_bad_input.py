@@ -12,6 +12,7 @@ from transformers import BertModel
 
 import hdlib
 from hdlib import DistillConfig, Widths
+from hdlib.data import Blocks
 
 from conftest import random_bert, sentences
 from models import random_model
@@ -388,6 +389,12 @@ def test_a_folder_that_holds_another_run(teacher, tokenizer, blocks, short, tmp_
         hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short), tmp_path)
     with refused("another config: steps was 2, is 3"):
         hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**short | {"steps": 3}), tmp_path, resume=True)
+    other = random_bert(vocabulary=len(tokenizer), seed=5)
+    with refused("another content: teacher was"):
+        hdlib.distill(other, tokenizer, *blocks, DistillConfig(**short), tmp_path, resume=True)
+    text = Blocks(blocks[0].with_format("torch")[:]["input_ids"].flip(1))
+    with refused("another content: train was"):
+        hdlib.distill(teacher, tokenizer, text, blocks[1], DistillConfig(**short), tmp_path, resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == metrics and run.finished
 
 
