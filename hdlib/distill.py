@@ -25,7 +25,7 @@ from .config import MAY_CHANGE, DistillConfig
 from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
 from .models import frozen_copy, recording
 from .precision import bfloat16_gain, recompute_casts, resolve_precision
-from .reconstruction import rotate_heads
+from .rotation import rotate_heads
 from .runs import RECORDED, Prune, Run
 from .training import Pruned, Training, in_any_process
 from .widths import Widths, family, width_groups

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import HIDDEN, VALUE
+from .families import HIDDEN
 from .losses import DistillationLoss
-from .models import base_model, forward
+from .models import base_model
 from .narrowing import kept_indices, sites_of
-from .widths import QUERY_KEY, Axis, Block, Widths, axes_of, width_groups
+from .widths import Axis, Block, axes_of, family, width_groups
 
-INPUT_AXIS = {nn.Linear: 1, Conv1D: 0}  # the axis of a layer's weight that multiplies its input
 WINDOW = 8  # steps before a prune whose batches give moments
-RIDGE = 1e-6  # of the mean square of the kept neurons
-LAST = "last_hidden_state"
+RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
+RIDGE_OF_FEW = 1e-2  # for moments of few tokens
+ENOUGH = 10  # tokens for each neuron
 STATES = "hidden_states."  # followed by a layer: what a projection of the loss reads
+LAST = f"{STATES}last"  # what the head reads
 
 
 class Moments(NamedTuple):
@@ -45,12 +46,6 @@ class Moments(NamedTuple):
     def of(cls, states: Tensor) -> Moments:
         """Of states (N, D)."""
         return cls(states.new_tensor(float(len(states))), states.sum(0), states.T @ states)
-
-    def plus(self, new: Moments) -> Moments:
-        return Moments(*map(torch.add, self, new))
-
-    def decayed(self, decay: float) -> Moments:
-        return Moments(*(decay * each for each in self))
 
     def of_neurons(self, indices: Tensor) -> Moments:
         indices = indices.to(self.total.device)
@@ -77,85 +72,110 @@ class Compensation:
     def __init__(self, decay: float = 0.9):
         self.decay = decay
         self._moments: dict[str, Moments] = {}
-        self._source: dict[str, str] = {}  # reader to the name of its moments: layers that read the same share them
+        self._source: dict[str, str] = {}  # layer to the name of its moments: layers that read the same share them
         self._read: dict[str, list[Tensor]] = {}  # in this forward pass
+        self._layers: _Layers | None = None  # of the student between two prunes
 
     def start_step(self) -> None:
-        self._moments = {name: moments.decayed(self.decay) for name, moments in self._moments.items()}
+        self._moments = {name: Moments(*(self.decay * each for each in sums)) for name, sums in self._moments.items()}
 
     @contextmanager
     def recording(self, model: PreTrainedModel) -> Iterator[None]:
         """Add the moments of a forward pass."""
-        hooks = []
-        if HIDDEN in width_groups(model):  # else the residual stream keeps its width
-            hooks.append(base_model(model).register_forward_hook(self._after_base))
-        for name, module, _ in (*readers(model), *readers(model, tied=True)):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _module, inputs, name=name: self._add(name, inputs[0]))
-            )
-        for name, module, _ in norms(model):
-            hooks.append(module.register_forward_hook(lambda _module, _inputs, out, name=name: self._add(name, out)))
+        layers = self._layers = self._layers or _Layers.of(model)
+        hooks = [base_model(model).register_forward_hook(self._after_base)] if layers.hidden else []
+        for name in (*layers.readers, *layers.tied):
+            before = partial(self._before, name)
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(before))
+        for name in layers.norms:
+            hooks.append(model.get_submodule(name).register_forward_hook(partial(self._after, name)))
         try:
             yield
         finally:
             read, self._read = self._read, {}
             for hook in hooks:
                 hook.remove()
-        self._sum(read, inside=set(dict(base_model(model).named_modules(prefix=_base_name(model)))))
+        self._sum(read, f"{family(model).base or model.base_model_prefix}.")
 
-    def _add(self, name: str, states: Tensor) -> None:
+    def _before(self, name: str, _module, inputs: tuple[Tensor, ...]) -> None:
+        self._read.setdefault(name, []).append(inputs[0])
+
+    def _after(self, name: str, _module, _inputs, states: Tensor) -> None:
         self._read.setdefault(name, []).append(states)
 
     def _after_base(self, _base, _inputs, outputs) -> None:
-        if outputs.hidden_states is None:  # called by the head, with given states
-            return
-        self._add(LAST, outputs.last_hidden_state)
-        for layer, states in enumerate(outputs.hidden_states):
-            self._add(f"{STATES}{layer}", states)
+        if outputs.hidden_states is not None:  # not the call of the head, which has given states
+            read = {f"{STATES}{layer}": [states] for layer, states in enumerate(outputs.hidden_states)}
+            self._read |= read | {LAST: [outputs.last_hidden_state]}
 
     @torch.no_grad()
-    def _sum(self, read: dict[str, list[Tensor]], inside: set[str]) -> None:
-        outside = [name for name in read if name not in inside and name != LAST and not name.startswith(STATES)]
-        if outside and LAST in read:  # the head reads the last states, at the few loss positions only
-            read[outside[0]] = read[LAST]
+    def _sum(self, read: dict[str, list[Tensor]], base: str) -> None:
+        of_head = [name for name in read if not name.startswith((base, STATES))]
+        if of_head and LAST in read:  # the head reads the last states, but at the few loss positions only
+            read[of_head[0]] = read[LAST]
         same: dict[tuple, list[str]] = {}
         for name, states in read.items():
             same.setdefault(tuple(map(id, states)), []).append(name)
         for first, *others in same.values():
             self._source |= dict.fromkeys([first, *others], first)
-            new = Moments.of(torch.cat([states.detach().flatten(0, -2) for states in read[first]]).float())
-            self._moments[first] = self._moments[first].plus(new) if first in self._moments else new
+            new = Moments.of(torch.cat([states.flatten(0, -2) for states in read[first]]).float())
+            past = self._moments.get(first)
+            self._moments[first] = new if past is None else Moments(*map(torch.add, past, new))
 
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:
         """Change weights so that `hdlib.narrow` to the neurons `kept` changes outputs and projections little."""
-        axes = {name: axis for name, _, axis in (*readers(model), *readers(model, tied=True), *norms(model))}
-        hidden = (Block(HIDDEN, model.config.hidden_size, 1, 0, False),)
-        axes |= {name: hidden for name in self._source if name == LAST or name.startswith(STATES)}
-        fits = _Fits({name: m.over_processes() for name, m in self._moments.items()}, self._source, axes, kept)
-        for name, module, _ in readers(model):
-            if fits.removes(name):
-                weight = module.weight.T if isinstance(module, nn.Linear) else module.weight  # (D, out)
-                fold(weight, module.bias, *fits.fit(name, centred=module.bias is not None))
+        layers = self._layers or _Layers.of(model)
+        axes = layers.readers | layers.tied | layers.norms
+        axes |= {name: layers.hidden for name in self._source if name.startswith(STATES)}
+        fits = _Fits({name: sums.over_processes() for name, sums in self._moments.items()}, self._source, axes, kept)
+        for name in filter(fits.narrows, layers.readers):
+            module = model.get_submodule(name)
+            weight = module.weight if input_axis(module) == 0 else module.weight.T  # (D, out)
+            fold(weight, module.bias, *fits.fit(name, centred=module.bias is not None))
         targets = {}  # of the norm before a decoder that shares its weights with the embedding: they cannot be folded
-        for name, module, _ in readers(model, tied=True):
-            if fits.removes(name):
-                targets[self._source[name]] = expressed(module, *fits.means(name)[:1], fits.indices(name))
-        for name, module, _ in norms(model):
-            if fits.removes(name):
-                target = targets.get(self._source[name])
-                refit_norm(module, *fits.means(name), fits.indices(name), target)
+        for name in filter(fits.narrows, layers.tied):
+            targets[self._source[name]] = expressed(model.get_submodule(name), fits.means(name)[0], fits.indices(name))
+        for name in filter(fits.narrows, layers.norms):
+            target = targets.get(self._source[name])
+            refit_norm(model.get_submodule(name), *fits.means(name), fits.indices(name), target)
         for layer, projection in enumerate([loss.embedding_projection, *loss.hidden_projections]):
-            if fits.removes(name := f"{STATES}{layer}"):
+            if fits.narrows(name := f"{STATES}{layer}"):
                 fold(projection, None, *fits.fit(name, centred=False))
-        self._moments = {name: m.of_neurons(kept_indices(axes[name], kept)) for name, m in self._moments.items()}
+        self._moments = {name: sums.of_neurons(fits.indices(name)) for name, sums in self._moments.items()}
+        self._layers = None
 
     def state_dict(self) -> dict:
-        return {"moments": {name: tuple(m) for name, m in self._moments.items()}, "source": dict(self._source)}
+        return {"moments": {name: tuple(sums) for name, sums in self._moments.items()}, "source": dict(self._source)}
 
     def load_state_dict(self, state: dict) -> None:
-        self._moments = {name: Moments(*m) for name, m in state["moments"].items()}
+        self._moments = {name: Moments(*sums) for name, sums in state["moments"].items()}
         self._source = dict(state["source"])
+
+
+class _Layers(NamedTuple):
+    """The axes of the layers that read or scale neurons, by name."""
+
+    readers: dict[str, Axis]  # linear layers with weights of their own
+    tied: dict[str, Axis]  # a decoder whose weights are the embedding
+    norms: dict[str, Axis]  # over the residual stream
+    hidden: Axis  # the residual stream; None if its width is fixed
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Layers:
+        axes, sites, readers, tied, norms = axes_of(model), sites_of(model), {}, {}, {}
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None:
+                continue
+            of_weight, axis = axes[names[weight]], input_axis(module)
+            if axis is not None and of_weight[axis]:
+                (readers if len(sites[weight]) == 1 else tied)[name] = of_weight[axis]
+            elif len(of_weight) == 1 and of_weight[0] and of_weight[0][0].group == HIDDEN:
+                norms[name] = of_weight[0]
+        hidden = (Block(HIDDEN, model.config.hidden_size, 1, 0, False),) if HIDDEN in width_groups(model) else None
+        return cls(readers, tied, norms, hidden)
 
 
 class _Fits:
@@ -170,14 +190,17 @@ class _Fits:
     def means(self, name: str) -> tuple[Tensor, Tensor]:
         return self.moments[self.source[name]].means()
 
-    def removes(self, name: str) -> bool:
+    def narrows(self, name: str) -> bool:
+        """Whether a layer has been read and loses neurons."""
         return name in self.source and len(self.indices(name)) < len(self.moments[self.source[name]].total)
 
     def fit(self, name: str, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        key = self.source[name], centred
-        if key not in self._made:
-            self._made[key] = regression(*self.means(name), self.indices(name), centred)
-        return self._made[key]
+        source = self.source[name]
+        if (source, centred) not in self._made:
+            tokens, total, _ = self.moments[source]
+            ridge = RIDGE if tokens > ENOUGH * len(total) else RIDGE_OF_FEW
+            self._made[source, centred] = regression(*self.means(name), self.indices(name), centred, ridge)
+        return self._made[source, centred]
 
 
 def regression(
@@ -197,9 +220,7 @@ def regression(
     kept = kept.to(mean.device)
     removed = torch.ones_like(mean, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
     covariance = products - torch.outer(mean, mean) if centred else products
-    own = covariance[kept][:, kept]
-    own.diagonal().add_(ridge * own.diagonal().mean() + torch.finfo(own.dtype).tiny)
-    weights = torch.cholesky_solve(covariance[kept][:, removed], torch.linalg.cholesky(own)).T  # (P, K)
+    weights = _solve(covariance[kept][:, kept], covariance[kept][:, removed], ridge).T  # (P, K)
     constant = mean[removed] - weights @ mean[kept] if centred else torch.zeros_like(mean[removed])
     return kept, removed, weights, constant
 
@@ -219,9 +240,7 @@ def expressed(decoder: nn.Linear, mean: Tensor, kept: Tensor) -> Tensor:
     """
     kept, weight = kept.to(mean.device), decoder.weight.to(mean.device)
     gram = (weight.T @ weight).double()  # (D, D)
-    own = gram[kept][:, kept]
-    own.diagonal().add_(RIDGE * own.diagonal().mean())
-    targets = torch.cholesky_solve(gram[kept], torch.linalg.cholesky(own))
+    targets = _solve(gram[kept][:, kept], gram[kept], RIDGE)
     if decoder.bias is not None:
         rest = mean.index_add(0, kept, targets @ mean, alpha=-1)
         decoder.bias += (weight @ rest.to(weight)).to(decoder.bias)
@@ -260,156 +279,18 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
         norm.bias[kept] = (targets @ mean - new * of_n / deviation.sqrt()).to(norm.bias)
 
 
-def readers(model: PreTrainedModel, tied: bool = False) -> Iterator[tuple[str, nn.Module, Axis]]:
-    """Name, module and input axis of the linear layers that read neurons, with weights of their own or `tied` ones."""
-    axes, sites = axes_of(model), sites_of(model)
-    for name, module in model.named_modules():
-        kind = next((kind for kind in INPUT_AXIS if isinstance(module, kind)), None)
-        if kind is None or (len(sites[module.weight]) > 1) != tied:
-            continue
-        parameter = next(name for name, parameter in model.named_parameters() if parameter is module.weight)
-        if axis := axes[parameter][INPUT_AXIS[kind]]:
-            yield name, module, axis
+def input_axis(module: nn.Module) -> int | None:
+    """The axis of a linear layer's weight that multiplies its input; None for other modules."""
+    return 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, Conv1D) else None
 
 
-def norms(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Axis]]:
-    """Name, module and axis of the norms over the residual stream."""
-    for name, axes in axes_of(model).items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".weight") and len(axes) == 1 and axes[0] and axes[0][0].group == HIDDEN:
-            yield name.rpartition(".")[0], module, axes[0]
-
-
-def _base_name(model: PreTrainedModel) -> str:
-    return next(name for name, module in model.named_modules() if module is base_model(model))
-
-
-@torch.no_grad()
-def rotate_heads(model: PreTrainedModel, batches: Iterator[Tensor]) -> None:
-    """Rotate the dimensions inside every head, in place, so that few of them carry most of its work; no logit changes.
-
-    Queries take T and keys its inverse transpose, where both then have the singular values of C_q^1/2 C_k^1/2 as second
-    moments (a constant over keys does not count: softmax ignores it). Values and their output matrix W_o likewise take
-    the basis of W_o C_v^1/2. Nothing to do where a family removes whole heads.
-
-    Args:
-        batches: token ids (B, S), whose second moments C decide the basis.
-    """
-    members = _members_of_heads(model)
-    if not members:
-        return
-    heads = Widths.of(model).heads
-    moments = _moments_of_heads(model, members, batches, heads)
-    for group, parts in members.items():
-        query_key = group.endswith(QUERY_KEY)
-        maps = _query_key_maps(**moments[group]) if query_key else _value_maps(parts, **moments[group])
-        for part in parts:
-            part.rotate(maps[part.role])
-
-
-class _Part(NamedTuple):
-    """The slice of a parameter that belongs to the heads of a layer: dimension e of head h is index h E + e."""
-
-    module: str
-    parameter: nn.Parameter
-    axis: int
-    block: Block
-    role: str  # query, key, value or output
-
-    def rows(self) -> Tensor:
-        """(H E, ...), a view."""
-        start = self.block.start
-        return self.parameter.data.movedim(self.axis, 0)[start : start + self.block.size]
-
-    def rotate(self, maps: Tensor) -> None:
-        """Multiply the rows of every head by its map, (H, E, E)."""
-        rows = self.rows()
-        by_head = rows.reshape(*maps.shape[:2], -1).to(maps)  # (H, E, M)
-        rows.copy_((maps @ by_head).reshape(rows.shape))
-
-
-def _members_of_heads(model: PreTrainedModel) -> dict[str, list[_Part]]:
-    """The parts of each group of query/key and of value/output dimensions."""
-    parts: dict[str, list[_Part]] = {}
-    for name, axes in axes_of(model).items():
-        module = name.rpartition(".")[0]
-        kind = next((kind for kind in INPUT_AXIS if isinstance(model.get_submodule(module), kind)), None)
-        for axis, blocks in enumerate(axes):
-            for block in blocks or ():
-                if block.group.endswith((QUERY_KEY, VALUE)):
-                    is_input = name.endswith("weight") and axis == INPUT_AXIS[kind]
-                    if block.group.endswith(QUERY_KEY):
-                        role = "query" if block.scaled else "key"
-                    else:
-                        role = "output" if is_input else "value"
-                    part = _Part(module, model.get_parameter(name), axis, block, role)
-                    parts.setdefault(block.group, []).append(part)
-    return parts
-
-
-def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: int) -> dict[str, dict[str, Tensor]]:
-    """Mean products (H, E, E) of queries, centred ones of keys and of the values that the output matrix reads."""
-    read: dict[tuple[str, str], list[Tensor]] = {}
-
-    def add(group: str, role: str, states: Tensor) -> None:
-        states = states.flatten(0, -2).unflatten(-1, (heads, -1)).transpose(0, 1).double()  # (H, N, E)
-        sums = [torch.tensor(float(states.shape[1])), states.sum(1), states.mT @ states]
-        past = read.get((group, role), [0.0, 0.0, 0.0])
-        read[group, role] = [before + now for before, now in zip(past, sums, strict=True)]
-
-    def before(group: str, _part: _Part, _module, inputs) -> None:
-        add(group, "values", inputs[0])
-
-    def after(group: str, part: _Part, _module, _inputs, output: Tensor) -> None:
-        add(group, part.role, output[..., part.block.start : part.block.start + part.block.size])
-
-    hooks = []
-    for group, part in ((group, part) for group, parts in members.items() for part in parts):
-        module = model.get_submodule(part.module)
-        if part.role == "output":
-            hooks.append(module.register_forward_pre_hook(partial(before, group, part)))
-        elif part.role != "value" and part.parameter.dim() > 1:
-            hooks.append(module.register_forward_hook(partial(after, group, part)))
-    try:
-        for input_ids in batches:
-            forward(model, input_ids, torch.zeros_like(input_ids, dtype=torch.bool))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    means: dict[str, dict[str, Tensor]] = {}
-    for (group, role), (tokens, total, products) in read.items():
-        mean = 0.0 if role == "query" else total / tokens  # a constant over keys has no effect
-        centred = products / tokens - (mean[..., None] * mean[:, None] if role != "query" else 0.0)
-        means.setdefault(group, {})[role] = centred
-    return means
-
-
-def _query_key_maps(query: Tensor, key: Tensor) -> dict[str, Tensor]:
-    """T' for queries and T^-1 for keys, (H, E, E), from their mean products: q' T T^-1 k stays q' k."""
-    root_q, root_k = _root(query), _root(key)  # lower triangles
-    left, values, right = torch.linalg.svd(root_q.mT @ root_k)
-    values, scale = values[..., None], _bounded(values).sqrt()[..., None]
-    of_query = scale * torch.linalg.solve_triangular(root_q.mT, left, upper=True).mT
-    of_key = values / scale * torch.linalg.solve_triangular(root_k.mT, right.mT, upper=True).mT
-    return {"query": of_query, "key": of_key}
-
-
-def _value_maps(parts: list[_Part], values: Tensor) -> dict[str, Tensor]:
-    """T' for values and T^-1 for the rows of the output matrix, (H, E, E), from the mean products of the values."""
-    (output,) = (part for part in parts if part.role == "output")
-    rows = output.rows().reshape(*values.shape[:2], -1).to(values)  # (H, E, D)
-    root = _root(values)
-    _, sizes, right = torch.linalg.svd(rows.mT @ root, full_matrices=False)  # (H, E, E)
-    scale = _bounded(sizes).sqrt()[..., None]
-    of_value = scale * torch.linalg.solve_triangular(root.mT, right.mT, upper=True).mT
-    return {"value": of_value, "output": (right @ root.mT) / scale}
-
-
-def _root(products: Tensor) -> Tensor:
-    """Cholesky factors of mean products (H, E, E), with a small ridge."""
-    ridge = 1e-4 * products.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + torch.finfo(products.dtype).tiny
-    return torch.linalg.cholesky(products + ridge * torch.eye(products.shape[-1]).to(products))
-
-
-def _bounded(values: Tensor) -> Tensor:
-    return values.clamp(min=1e-4 * values.max(-1, keepdim=True).values)
+def _solve(products: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solve (products + ridge x mean diagonal) X = right, with more ridge where rounding made a product negative."""
+    size = products.diagonal().mean() + torch.finfo(products.dtype).tiny
+    for factor in (1, 1e2, 1e4, 1e6):
+        root, failed = torch.linalg.cholesky_ex(
+            products + factor * ridge * size * torch.eye(len(products)).to(products)
+        )
+        if not failed:
+            return torch.cholesky_solve(right, root)
+    raise ArithmeticError("the moments of the states are not finite or not positive: lower learning_rate")
