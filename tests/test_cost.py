@@ -166,7 +166,7 @@ def test_operations_of_the_head_are_at_the_loss_positions(options, loss_position
     assert cost.operations(teacher, [wide], config, 16) == {wide: pytest.approx((teachers + 3) * each)}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*list(KINDS)[1::3], *full(*(name for n, name in enumerate(KINDS) if n % 3 != 1))])
 def test_counts_at_some_shapes_give_the_others(name):
     teacher = random_model(name, heads=8, head_dim=16, ffn=400, hidden=128, vocabulary=100)
     config = DistillConfig(steps=1000, target=0.3, prune_every=1)

@@ -439,6 +439,7 @@ def wait_for_steps(processes, metrics, steps):
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_when_a_process_dies_the_others_stop_and_name_the_signal(tokenizer, text_file, tmp_path):
     with launched(tokenizer, text_file, tmp_path, steps=100_000) as processes:
         wait_for_steps(processes, tmp_path / "run" / "metrics.jsonl", 3)
@@ -450,6 +451,7 @@ def test_when_a_process_dies_the_others_stop_and_name_the_signal(tokenizer, text
     assert "Signal 9" in output or "SIGKILL" in output
 
 
+@pytest.mark.full
 def test_two_processes_stop_after_the_same_step_and_resume(tokenizer, text_file, tmp_path):
     """As batch systems do: SIGTERM to the launcher, later the same command again."""
     with launched(tokenizer, text_file, tmp_path, steps=80, checkpoint_every=1000) as processes:

@@ -48,6 +48,7 @@ def test_the_pack_holds_teacher_and_blocks(pack):
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
 
 
+@pytest.mark.full
 def test_a_dry_session_without_datasets(pack, tmp_path):
     """All parts leave their files; the packages that are not there are never imported."""
     blocked = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in MISSING)

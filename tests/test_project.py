@@ -87,7 +87,8 @@ def notebooks(paths: list[Path]) -> list:
 
 @pytest.mark.parametrize("path", notebooks([path for path in NOTEBOOKS if path.stem < "10"]))
 def test_teaching_notebooks_run_with_their_defaults(path, tmp_path):
-    fewer = {"steps": 20, "batch_size": 8} if path.stem == "00_quickstart" else {}
+    measures = {"eval_every": 10, "eval_blocks": 32}
+    fewer = {"steps": 20, "batch_size": 8, "settings": measures} if path.stem == "00_quickstart" else {}
     result, _ = execute(path, tmp_path, runs=str(tmp_path), **fewer)
     if path.stem == "00_quickstart":
         assert result["encoder_parameters_ratio"] <= 0.15

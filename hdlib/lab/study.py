@@ -52,13 +52,13 @@ class Study:
     ) -> Study:
         """Load teacher and corpus, with blocks of `length` tokens, and build the config from `fields`.
 
-        `eval_every` defaults to a twentieth of `steps`. Names are as for `hdlib.load_teacher` and `hdlib.load_corpus`.
+        `eval_every` defaults to a tenth of `steps`. Names are as for `hdlib.load_teacher` and `hdlib.load_corpus`.
         """
         from ..text.corpus import load_corpus  # imports datasets, which nothing else here needs
 
         model, tokenizer = load_teacher(teacher)
         train, validation = load_corpus(corpus, tokenizer, length, causal=family(model).causal)
-        config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 20)} | fields)
+        config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 10)} | fields)
         return cls(model, tokenizer, train, validation, config, folder, draw_only)
 
     def distill(self, arms: Mapping[str, dict], seeds: Iterable[int]) -> dict[str, list[Run]]:
