@@ -4,8 +4,6 @@ A checkpoint is a model folder with the training state (training.pt) and the siz
 Loading never executes code: weights are safetensors, and the training state is read with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """All settings of a run in one frozen object, checked at construction."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields

@@ -5,8 +5,6 @@ an axis that joins several blocks of equal length, as in a fused query-key-value
 from the stock class. A new family is one table and one entry in FAMILIES. H heads, D hidden, F feed-forward width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 

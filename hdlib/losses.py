@@ -9,10 +9,8 @@ Autograd would store several float32 copies of the logits and of all attention s
 that fit a cache instead, each with its gradient. Values equal those of `torch.nn.functional` up to rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +52,7 @@ class QueryKey(NamedTuple):
         """Attention scores before softmax and mask, (B, H, S, S)."""
         return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
-    def of_heads(self, heads: Tensor) -> QueryKey:
+    def of_heads(self, heads: Tensor) -> Self:
         return self._replace(query=self.query[:, heads], key=self.key[:, heads])
 
 
@@ -67,7 +65,7 @@ class Scores(NamedTuple):
     def scores(self) -> Tensor:
         return self.before_softmax
 
-    def of_heads(self, heads: Tensor) -> Scores:
+    def of_heads(self, heads: Tensor) -> Self:
         return self._replace(before_softmax=self.before_softmax[:, heads])
 
 

@@ -6,8 +6,6 @@ would, at full cost. The weights are restored afterwards. Where neurons may retu
 (straight through), so that masked neurons are ranked with the others at the next prune.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

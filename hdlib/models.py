@@ -1,7 +1,5 @@
 """Teachers, students as their copies, and the forward pass that records what the loss compares."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext

@@ -5,8 +5,6 @@ it. Everything else follows the stock constructor. It builds an empty model of t
 must equal the result. The values it derives from the widths (feature counts, attention scale) are copied.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from copy import deepcopy

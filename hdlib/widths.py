@@ -5,13 +5,11 @@ writes; query dimension i is multiplied by key dimension i. A *width group* is a
 The groups follow from the tables in families.py. L layers, H heads, D hidden width, F feed-forward width.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, lcm
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -74,7 +72,7 @@ class Block(NamedTuple):
         first = self.start + neurons[:, None] * self.unit
         return (first + torch.arange(self.unit, device=neurons.device)).flatten()
 
-    def narrowed(self, kept: dict[str, Tensor]) -> Block:
+    def narrowed(self, kept: dict[str, Tensor]) -> Self:
         """This block after a prune; `kept` is the result of `hdlib.narrow`."""
         size = len(kept[self.group])
         return self._replace(size=size, start=self.start // self.size * size)
@@ -190,7 +188,7 @@ class Widths:
     heads: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Widths:
+    def of(cls, model: PreTrainedModel) -> Self:
         """The present shape of a model."""
         declared, config = family(model), model.config  # family() checks the model
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -199,7 +197,7 @@ class Widths:
         return cls(hidden, getattr(config, declared.ffn) or 4 * hidden, head_dim, heads)
 
     @classmethod
-    def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Widths:
+    def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Self:
         """The possible shape nearest to `ratio` times the model's widths.
 
         Every head loses dimensions where the family allows it; else whole heads are removed.
@@ -232,7 +230,7 @@ class Widths:
             return replace(shape, heads=shape.hidden // shape.head_dim)
         return replace(shape, head_dim=shape.hidden // shape.heads)
 
-    def resolved(self, model: PreTrainedModel) -> Widths:
+    def resolved(self, model: PreTrainedModel) -> Self:
         """This shape with every missing width filled in, checked against what the model can become.
 
         Raises:
@@ -251,7 +249,7 @@ class Widths:
         _check_possible(shape, wide, model, declared)
         return shape
 
-    def between(self, narrow: Widths, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Widths:
+    def between(self, narrow: Self, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Self:
         """The possible shape at a fraction `progress`, in [0, 1], of the path from this shape to `narrow`.
 
         Before progress 1, hidden and ffn are rounded up to multiples of `multiple_of`, at most to this shape's
@@ -278,7 +276,7 @@ class Widths:
             now["hidden"] = _rounded_up(now["hidden"], now["heads"])
         return Widths(**now)
 
-    def fits_in(self, other: Widths) -> bool:
+    def fits_in(self, other: Self) -> bool:
         """Whether a model of the shape `other` can be narrowed to this one: no width is larger."""
         return all(width <= getattr(other, name) for name, width in asdict(self).items())
 
