@@ -328,9 +328,8 @@ class DistillationLoss(nn.Module):
                 add up to those of the batch.
             share: the fraction of the batch's blocks that this part has.
 
-        Raises:
-            ValueError: no label, unless this is a part of a batch; another number of logits or layers than needed
-                (SDPA alone returns no attentions).
+        Raises ValueError for no label, unless this is a part of a batch, and for another number of logits or layers
+        than needed (SDPA alone returns no attentions).
         """
         weights, terms, layers = self.weights, {}, len(self.heads)
         if labels_in_batch is None:
@@ -420,9 +419,7 @@ class DistillationLoss(nn.Module):
         layers = [select_heads(layer, heads) for layer in (student, teacher)]
         if all(isinstance(layer, Tensor) for layer in layers):
             if self.attention_target == "scores":
-                raise ValueError(
-                    'the outputs hold no scores before the softmax: use hdlib.forward, or the target "probs"'
-                )
+                raise ValueError('no scores before the softmax: use hdlib.forward, or attention_target="probs"')
             return attention_loss(*layers, pairs_that_count(None, attention_mask))
         pairs = pairs_that_count(student.attended, attention_mask)
         if self.attention_target == "probs":
@@ -472,10 +469,8 @@ def _paired(name: str, student, teacher, expected: int) -> list[tuple]:
     """What both models recorded under this name, layer by layer. Raises ValueError for another number of layers."""
     layers = [getattr(outputs, name) or () for outputs in (student, teacher)]
     if [len(each) for each in layers] != [expected, expected]:
-        raise ValueError(
-            f"the loss compares {expected} {name.replace('_', ' ')}, but the student gave {len(layers[0])} and the "
-            f"teacher {len(layers[1])}: pass the outputs of hdlib.forward"
-        )
+        given = f"the student gave {len(layers[0])} and the teacher {len(layers[1])}"
+        raise ValueError(f"the loss compares {expected} {name.replace('_', ' ')}, but {given}: use hdlib.forward")
     return list(zip(*layers, strict=True))
 
 

@@ -82,16 +82,9 @@ class Masks:
                     parameter.grad.index_fill_(axis, indices, 0.0)
 
     def export(self) -> None:
-        """Remove the masked neurons, so that the model is a stock model with the same outputs.
-
-        Raises:
-            ValueError: scope "global", since no stock class has layers of different widths.
-        """
+        """Remove the masked neurons, so that the model is a stock model. Raises ValueError for scope "global"."""
         if self.scope == "global":
-            raise ValueError(
-                "scope='global' ranks neurons over all layers, so layers have different widths, which no stock class "
-                "can hold. Such a student exists under its masks only; scope='local' gives one that can be saved"
-            )
+            raise ValueError("scope='global' gives layers of different widths, which no stock class can hold")
         sizes = {name: group.size for name, group in self._groups.items()}
         narrow(self.model, self.widths, {n: torch.zeros(s).index_fill(0, self.kept[n], 1.0) for n, s in sizes.items()})
 

@@ -31,9 +31,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .families import FAMILIES
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
-from .widths import Widths, family, set_widths, unsupported
+from .widths import Widths, family, family_of, set_widths
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
@@ -175,9 +174,7 @@ def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: 
 
 def language_model_class(config: PreTrainedConfig) -> type:
     """The auto class that loads a model of this family with its language-model head."""
-    if config.model_type not in FAMILIES:
-        raise unsupported(config.model_type)
-    return AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModelForMaskedLM
+    return AutoModelForCausalLM if family_of(config.model_type).causal else AutoModelForMaskedLM
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -189,9 +186,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         mismatch = "the tokenizer has no mask token"
     else:
         return
-    raise ValueError(
-        f"tokenizer and teacher do not belong together: {mismatch}. Use the tokenizer saved with the teacher."
-    )
+    raise ValueError(f"tokenizer and teacher do not belong together: {mismatch}. Use the teacher's own tokenizer.")
 
 
 def num_positions(model: PreTrainedModel) -> int:
