@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .data import as_blocks
 from .losses import TERMS, DistillationLoss
@@ -101,9 +101,7 @@ class DistillConfig:
             raise ValueError("compensate=True changes weights for good: use masked=False, recover=False, scope='local'")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 
-    def check(
-        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation, processes: int = 1
-    ) -> Widths:
+    def check(self, teacher: PreTrainedModel, tokenizer, train, validation, processes: int = 1) -> Widths:
         """The student's final shape. Raises ValueError if a run with these arguments is impossible."""
         width_groups(teacher)
         check_teacher(teacher)

@@ -35,9 +35,7 @@ class Masks:
         recover: masked neurons may return at the next `choose`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, loss: DistillationLoss | None = None, scope="local", recover: bool = False
-    ):
+    def __init__(self, model: PreTrainedModel, loss: DistillationLoss | None = None, scope="local", recover=False):
         if scope not in SCOPES:
             raise ValueError(f"scope is one of {', '.join(SCOPES)}; got {scope!r}")
         self.model, self.loss, self.scope, self.recover = model, loss, scope, recover
@@ -206,11 +204,10 @@ def _complement(indices: Tensor, size: int) -> Tensor:
 @contextmanager
 def _zeroed(parameter: nn.Parameter, axis: int, indices: Tensor) -> Iterator[None]:
     """Set part of a parameter to 0 in place while open."""
-    with torch.no_grad():
-        values = parameter.index_select(axis, indices)
-        parameter.index_fill_(axis, indices, 0.0)
+    weights = parameter.detach()  # the same memory
+    values = weights.index_select(axis, indices)
+    weights.index_fill_(axis, indices, 0.0)
     try:
         yield
     finally:
-        with torch.no_grad():
-            parameter.index_copy_(axis, indices, values)
+        weights.index_copy_(axis, indices, values)

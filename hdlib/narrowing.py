@@ -189,10 +189,9 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 def sites_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) that holds each parameter: more than one where weights are tied."""
     sites: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                sites.setdefault(parameter, []).append((module, name))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, _, attribute = name.rpartition(".")
+        sites.setdefault(parameter, []).append((model.get_submodule(module), attribute))
     return sites
 
 

@@ -220,11 +220,9 @@ class Widths:
             if hidden == _separate_embedding(model, declared):
                 hidden += -grain if hidden > grain else grain
             shape = replace(shape, hidden=hidden)
-        if not declared.linked:
-            return shape
-        if "head_dim" in declared.fixed:
-            return replace(shape, heads=shape.hidden // shape.head_dim)
-        return replace(shape, head_dim=shape.hidden // shape.heads)
+        if declared.linked:
+            shape = cls(shape.hidden, shape.ffn)  # the heads follow
+        return shape.resolved(model)
 
     def resolved(self, model: PreTrainedModel) -> Self:
         """This shape with every missing width filled in, checked against what the model can become.
