@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
-from .widths import Widths, family, family_of, set_widths
+from .narrowing import stock_model
+from .widths import Widths, family, family_of
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
@@ -74,7 +75,6 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     except Exception as error:  # of Transformers, tokenizers or safetensors
         reason = " ".join(str(error).split())
         raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {reason}") from error
-    family(model)
     _check_report(model, report)
     check_teacher(model)
     check_vocabulary(tokenizer, model)
@@ -111,8 +111,7 @@ def check_teacher(model: PreTrainedModel) -> None:
         raise ValueError(f"a {kind} is no teacher: open the checkpoint with its language-model head, as {needed}")
     if not causal and getattr(model.config, "is_decoder", False):
         raise ValueError(f"this {kind} reads earlier tokens only: set is_decoder to false in its config")
-    with torch.device("meta"):
-        stock = {name: each.shape for name, each in type(model)(deepcopy(model.config)).named_parameters()}
+    stock = {name: each.shape for name, each in stock_model(model, Widths.of(model)).named_parameters()}
     loaded = ((name, each) for name, each in model.named_parameters() if each.is_floating_point() and not each.is_meta)
     own = {name: each.shape for name, each in loaded}
     if differ := [name for name in own | stock if own.get(name) != stock.get(name)]:
@@ -231,11 +230,9 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
 
 def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTrainedModel:
     """A student of the teacher's family and of these widths, with the stock random initialisation."""
-    config = deepcopy(teacher.config)
-    set_widths(teacher, config, widths)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = type(teacher)(config)
+        student = stock_model(teacher, widths, "cpu")
     return student.to(teacher.device, torch.float32).eval()
 
 

@@ -195,11 +195,11 @@ def sites_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]
     return sites
 
 
-def empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """A model of these widths from the stock constructor, without memory for its weights."""
+def stock_model(model: PreTrainedModel, widths: Widths, device: str = "meta") -> PreTrainedModel:
+    """A model of these widths from the stock constructor; on the meta device, without memory for its weights."""
     config = deepcopy(model.config)
     set_widths(model, config, widths)
-    with torch.device("meta"):
+    with torch.device(device):
         return type(model)(config)
 
 
@@ -226,7 +226,7 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
                 f"{name} is a {type(parameter.data).__name__} on the {parameter.device} device of {parameter.dtype}, "
                 "quantised, sharded or offloaded: load the model into memory, whole and in float32 or bfloat16"
             )
-    stock = empty_stock_model(model, widths)
+    stock = stock_model(model, widths)
     if differ := dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys():
         raise UnsupportedArchitecture(
             f"the parameters of this model and of a stock {type(model).__name__} differ: {', '.join(sorted(differ))}. "
