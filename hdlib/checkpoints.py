@@ -65,7 +65,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict:
     found = _fingerprints(folder)
     for name, written in expected.items():
         if found.get(name) != written:
-            raise BrokenCheckpoint(f"{folder / name} is missing or damaged: {found.get(name)}, not {written}")
+            raise BrokenCheckpoint(f"{folder / name} is missing or damaged: found {found.get(name)}, not {written}")
     if STATE not in expected:
         raise ValueError(f"{folder} is a checkpoint of hdlib 0.1: resume it with that version, or name another folder")
     try:

@@ -164,7 +164,8 @@ def width_groups(model: PreTrainedModel) -> WidthGroups:
                 kind = block.group.rpartition(".")[2]
                 if block.size != sizes[kind]:
                     raise UnsupportedArchitecture(
-                        f"{name} has {block.size} neurons of {block.group}, the config {sizes[kind]}: is it sharded?"
+                        f"{name} has {block.size} neurons of group {block.group}, but the config {sizes[kind]}: "
+                        "restore a sharded or altered model to its stock form."
                     )
                 group = groups.setdefault(block.group, WidthGroup(block.group, kind, block.size, []))
                 group.members.append((name, axis, block.start, block.unit))
@@ -323,7 +324,7 @@ def _check_possible(shape: Widths, wide: Widths, model: PreTrainedModel, declare
         asked = f"hidden={shape.hidden} with heads={shape.heads} and head_dim={shape.head_dim}"
         raise ValueError(f"{asked} is impossible: in a stock {kind!r} hidden {rule}; take hidden={near}")
     if shape.hidden == _separate_embedding(model, declared):
-        raise ValueError(f"hidden={shape.hidden} is the width of the embeddings, with no projection then: take another")
+        raise ValueError(f"hidden={shape.hidden} is the width of the embeddings, leaving no projection: take another")
 
 
 def _hidden_grain(shape: Widths, declared: Family) -> int:
