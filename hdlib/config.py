@@ -96,7 +96,8 @@ class DistillConfig:
         start, end = self._pruning_steps()
         _require(start < end, f"{pruning}: no step of {self.steps} lies between them; raise steps or prune_end")
         if self.under_masks and self.initial != "teacher":
-            raise ValueError("initial='random' starts narrow: masked, recover, scope='global' need initial='teacher'")
+            wide = "masked, recover and scope='global' mask a copy of the teacher; take initial='teacher'"
+            raise ValueError(f"initial='random' starts at the target shape, but {wide}")
         if self.under_masks and self.compensate:
             raise ValueError("compensate=True changes weights for good: use masked=False, recover=False, scope='local'")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
