@@ -28,11 +28,12 @@ _MODULE_OF = {
 }
 __all__ = sorted(_MODULE_OF)
 
-_MOVED = {  # names of hdlib 0.1 that are not hdlib.lab.NAME now
+_MOVED = {  # names of hdlib 0.1, beside those in dir(hdlib.lab)
     "Bench": "hdlib.lab.Study",
     "LossTerms": "hdlib.losses.LossTerms",
     "WidthGroup": "hdlib.widths.WidthGroup",
     "arms": "hdlib.lab.study",
+    "guesses": "hdlib.lab.guesses",
     "loop": "hdlib.distill",
     "masking": "hdlib.masks",
     "plot_coupling": "a cell of notebooks/03_narrowing.ipynb",
@@ -43,32 +44,10 @@ _MOVED = {  # names of hdlib 0.1 that are not hdlib.lab.NAME now
     "plot_prunes": "a cell of notebooks/11_prediction_discrepancy.ipynb",
     "plot_scores": "a cell of notebooks/20_finetune.ipynb",
     "plot_speed_up": "a cell of notebooks/21_cost.ipynb",
+    "plots": "hdlib.lab.plots",
     "projection": "hdlib.lab.cost",
+    "widgets": "hdlib.lab.widgets",
 }
-_IN_LAB = [
-    "LiveFigure",
-    "chooser",
-    "compare",
-    "cost",
-    "explore",
-    "export",
-    "final_table",
-    "guesses",
-    "overlap",
-    "paired_differences",
-    "pick",
-    "plot_arms",
-    "plot_discrepancy",
-    "plot_ends",
-    "plot_layers",
-    "plot_losses",
-    "plot_run",
-    "plot_schedule",
-    "plots",
-    "save_result",
-    "watch",
-    "widgets",
-]
 
 
 class _Package(ModuleType):
@@ -88,7 +67,7 @@ def __getattr__(name: str):
         return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     if name in ("lab", "downstream"):
         return import_module(f"{__name__}.{name}")
-    if name in _MOVED or name in _IN_LAB:
+    if name in _MOVED or name in dir(import_module(f"{__name__}.lab")):
         # ImportError: `from hdlib import NAME` would replace the message of an AttributeError by its own.
         raise ImportError(f"hdlib.{name} has moved: use {_MOVED.get(name, f'hdlib.lab.{name}')}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,6 @@ A checkpoint is a model folder with the training state (training.pt) and the siz
 Loading never executes code: weights are safetensors, and the training state is read with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -67,9 +65,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict:
     found = _fingerprints(folder)
     for name, written in expected.items():
         if found.get(name) != written:
-            raise BrokenCheckpoint(
-                f"{folder / name} is missing or damaged: expected {written}, found {found.get(name)}"
-            )
+            raise BrokenCheckpoint(f"{folder / name} is missing or damaged: found {found.get(name)}, not {written}")
     if STATE not in expected:
         raise ValueError(f"{folder} is a checkpoint of hdlib 0.1: resume it with that version, or name another folder")
     try:

@@ -1,14 +1,12 @@
 """All settings of a run in one frozen object, checked at construction."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .data import as_blocks
 from .losses import TERMS, DistillationLoss
@@ -97,21 +95,14 @@ class DistillConfig:
         _require(fractions, f"{pruning}: pruning must start before it ends, in fractions of the steps from 0 to 1")
         start, end = self._pruning_steps()
         _require(start < end, f"{pruning}: no step of {self.steps} lies between them; raise steps or prune_end")
-        _require(
-            self.initial == "teacher" or not self.under_masks,
-            f"initial={self.initial!r} starts at the target shape, but masked, recover and scope='global' mask a copy "
-            "of the teacher; take initial='teacher'",
-        )
-        _require(
-            not (self.compensate and self.under_masks),
-            "compensate=True changes weights at every prune, which masks cannot undo: take masked=False, recover=False "
-            "and scope='local', or compensate=False",
-        )
+        if self.under_masks and self.initial != "teacher":
+            wide = "masked, recover and scope='global' mask a copy of the teacher; take initial='teacher'"
+            raise ValueError(f"initial='random' starts at the target shape, but {wide}")
+        if self.under_masks and self.compensate:
+            raise ValueError("compensate=True changes weights for good: use masked=False, recover=False, scope='local'")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 
-    def check(
-        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train, validation, processes: int = 1
-    ) -> Widths:
+    def check(self, teacher: PreTrainedModel, tokenizer, train, validation, processes: int = 1) -> Widths:
         """The student's final shape. Raises ValueError if a run with these arguments is impossible."""
         width_groups(teacher)
         check_teacher(teacher)
@@ -120,10 +111,8 @@ class DistillConfig:
         check_vocabulary(tokenizer, teacher)
         broken = [name for name, parameter in teacher.named_parameters() if not torch.isfinite(parameter).all()]
         _require(not broken, f"the teacher's weights are not all finite: {', '.join(broken)}; take another checkpoint")
-        _require(
-            self.batch_size % processes == 0,
-            f"batch_size={self.batch_size} cannot be divided over {processes} processes: take a multiple",
-        )
+        if self.batch_size % processes:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of the {processes} processes: take one")
         train, validation = as_blocks(train), as_blocks(validation)
         self._check_blocks(train, validation, family(teacher).causal, teacher.config.vocab_size)
         check_length(len(train[0]["input_ids"]), teacher)
@@ -134,28 +123,20 @@ class DistillConfig:
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks: pass more text")
             ids = blocks[: self.batch_size]["input_ids"]  # a sample: all blocks of a corpus are made together
             _require(isinstance(ids, torch.Tensor), f"the {part} blocks differ in length: cut them to the same")
-            inside = ids.min() >= 0 and ids.max() < vocabulary
-            _require(
-                inside,
-                f"the {part} blocks hold token ids outside of 0 to {vocabulary - 1}: use the teacher's tokenizer",
-            )
-        _require(
-            len(train) >= self.batch_size,
-            f"the corpus has {len(train)} blocks, fewer than one batch of {self.batch_size}: "
-            "lower batch_size or the length of the blocks, or pass more text",
-        )
-        _require(
-            "attention_mask" not in train.column_names,
-            "the training blocks have an attention_mask, which training ignores: "
-            "pass blocks packed without padding, as load_corpus makes them",
-        )
+            if ids.min() < 0 or ids.max() >= vocabulary:
+                outside = f"token ids outside of 0 to {vocabulary - 1}"
+                raise ValueError(f"the {part} blocks hold {outside}: make them with the teacher's tokenizer")
+        if len(train) < self.batch_size:
+            fewer = f"{len(train)} blocks, fewer than one batch of {self.batch_size}"
+            raise ValueError(f"the corpus has {fewer}: lower batch_size or the length of the blocks, or pass more text")
+        if "attention_mask" in train.column_names:
+            raise ValueError("training ignores attention_mask: pass blocks packed without padding, as by load_corpus")
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
         first = validation[0]
-        _require(
-            causal == bool((first["labels"][:-1] == first["input_ids"][1:]).all()),
-            f"the teacher predicts {'next' if causal else 'masked'} tokens, but the validation labels are of "
-            f"{'masked' if causal else 'next'} ones: make them with load_corpus(..., causal={causal})",
-        )
+        if causal != bool((first["labels"][:-1] == first["input_ids"][1:]).all()):
+            own, other = ("next", "masked") if causal else ("masked", "next")
+            labels = f"the validation labels are of {other} ones: make them with load_corpus(..., causal={causal})"
+            raise ValueError(f"the teacher predicts {own} tokens, but {labels}")
 
     def shape(self, teacher: PreTrainedModel) -> Widths:
         """The target shape; for a fraction, the nearest possible one. Raises ValueError if there is none."""
@@ -208,9 +189,9 @@ class DistillConfig:
             value, default, least = getattr(self, each.name), each.default, each.metadata["least"]
             if each.name in ("target", "betas"):
                 continue
-            kinds = (int, float) if isinstance(default, float) else type(default)
-            matches = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
             kind = type(default)
+            accepted = int | float if kind is float else kind
+            matches = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
             _require(matches, f"{each.name} must be of type {kind.__name__}; got {_short(value)}{hint(value, kind)}")
             _require(not isinstance(value, float) or math.isfinite(value), f"{each.name} must be finite; got {value}")
             small = not isinstance(value, int) or -LARGEST < value < LARGEST

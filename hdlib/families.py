@@ -5,8 +5,6 @@ an axis that joins several blocks of equal length, as in a fused query-key-value
 from the stock class. A new family is one table and one entry in FAMILIES. H heads, D hidden, F feed-forward width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -56,6 +54,15 @@ def embedding(name: str, width=HIDDEN) -> dict[str, tuple]:
     return {f"{name}.weight": (FIXED, width)}
 
 
+def attention(query: str, key: str, value: str, output: str) -> dict[str, tuple]:
+    inputs = linear(query, QUERY, HIDDEN) | linear(key, KEY, HIDDEN) | linear(value, VALUE, HIDDEN)
+    return inputs | linear(output, HIDDEN, VALUE)
+
+
+def feed_forward(into: str, out: str) -> dict[str, tuple]:
+    return linear(into, FFN, HIDDEN) | linear(out, HIDDEN, FFN)
+
+
 # The heads of the stock task classes, common to all families.
 TASKS = (
     linear("classifier", FIXED, HIDDEN)
@@ -71,12 +78,8 @@ WHOLE_HEADS = {"head_dim": "all dimensions of a head are rotated or normed toget
 # EMBEDDING is the hidden width here, except in ELECTRA.
 _BERT_BODY = (
     embedding("*embeddings.*_embeddings", EMBEDDING)
-    | linear("*.self.query", QUERY, HIDDEN)
-    | linear("*.self.key", KEY, HIDDEN)
-    | linear("*.self.value", VALUE, HIDDEN)
-    | linear("*.attention.output.dense", HIDDEN, VALUE)
-    | linear("*.intermediate.dense", FFN, HIDDEN)
-    | linear("*.output.dense", HIDDEN, FFN)
+    | attention("*.self.query", "*.self.key", "*.self.value", "*.attention.output.dense")
+    | feed_forward("*.intermediate.dense", "*.output.dense")
     | norm("*LayerNorm")
 )
 
@@ -102,14 +105,9 @@ ROBERTA = Family(positions_after_padding=True, axes=_BERT_BODY | _ROBERTA_HEAD |
 DISTILBERT = Family(
     ffn="hidden_dim",
     axes=embedding("*embeddings.*_embeddings")
-    | linear("*.attention.q_lin", QUERY, HIDDEN)
-    | linear("*.attention.k_lin", KEY, HIDDEN)
-    | linear("*.attention.v_lin", VALUE, HIDDEN)
-    | linear("*.attention.out_lin", HIDDEN, VALUE)
-    | linear("*.ffn.lin1", FFN, HIDDEN)
-    | linear("*.ffn.lin2", HIDDEN, FFN)
-    | norm("*LayerNorm")
-    | norm("*layer_norm")
+    | attention("*.attention.q_lin", "*.attention.k_lin", "*.attention.v_lin", "*.attention.out_lin")
+    | feed_forward("*.ffn.lin1", "*.ffn.lin2")
+    | norm("*[Nn]orm")
     | linear("vocab_transform", HIDDEN, HIDDEN)
     | linear("vocab_projector", FIXED, HIDDEN)
     | linear("pre_classifier", HIDDEN, HIDDEN)
@@ -134,16 +132,11 @@ ALBERT = Family(
     axes=embedding("*embeddings.*_embeddings", FIXED)
     | norm("*embeddings.LayerNorm", FIXED)
     | linear("*embedding_hidden_mapping_in", HIDDEN, FIXED)
-    | linear("*.attention.query", QUERY, HIDDEN)
-    | linear("*.attention.key", KEY, HIDDEN)
-    | linear("*.attention.value", VALUE, HIDDEN)
-    | linear("*.attention.dense", HIDDEN, VALUE)
-    | linear("*.ffn", FFN, HIDDEN)
-    | linear("*.ffn_output", HIDDEN, FFN)
-    | norm("*layer_norm")
-    | norm("*attention.LayerNorm")
+    | attention("*.attention.query", "*.attention.key", "*.attention.value", "*.attention.dense")
+    | feed_forward("*.ffn", "*.ffn_output")
     | linear("predictions.dense", FIXED, HIDDEN)
     | norm("predictions.LayerNorm", FIXED)
+    | norm("*[Nn]orm")
     | linear("predictions.decoder", FIXED, FIXED)
     | {"predictions.bias": (FIXED,)}
     | linear("*pooler", HIDDEN, HIDDEN)
@@ -156,12 +149,8 @@ MPNET = Family(
     positions_after_padding=True,
     axes={"*relative_attention_bias.weight": (FIXED, SHARED_HEADS)}
     | embedding("*embeddings.*_embeddings")
-    | linear("*.attn.q", QUERY, HIDDEN)
-    | linear("*.attn.k", KEY, HIDDEN)
-    | linear("*.attn.v", VALUE, HIDDEN)
-    | linear("*.attn.o", HIDDEN, VALUE)
-    | linear("*.intermediate.dense", FFN, HIDDEN)
-    | linear("*.output.dense", HIDDEN, FFN)
+    | attention("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o")
+    | feed_forward("*.intermediate.dense", "*.output.dense")
     | norm("*LayerNorm")
     | _ROBERTA_HEAD
     | TASKS,
@@ -174,14 +163,8 @@ DEBERTA = Family(
     axes=embedding("*embeddings.*_embeddings", EMBEDDING)
     | linear("*embed_proj", HIDDEN, EMBEDDING)
     | embedding("*rel_embeddings")
-    | linear("*.self.query_proj", QUERY, HIDDEN)
-    | linear("*.self.pos_query_proj", QUERY, HIDDEN)
-    | linear("*.self.key_proj", KEY, HIDDEN)
-    | linear("*.self.pos_key_proj", KEY, HIDDEN)
-    | linear("*.self.value_proj", VALUE, HIDDEN)
-    | linear("*.attention.output.dense", HIDDEN, VALUE)
-    | linear("*.intermediate.dense", FFN, HIDDEN)
-    | linear("*.output.dense", HIDDEN, FFN)
+    | attention("*.self.*query_proj", "*.self.*key_proj", "*.self.value_proj", "*.attention.output.dense")
+    | feed_forward("*.intermediate.dense", "*.output.dense")
     | {"*encoder.conv.conv.weight": (HIDDEN, HIDDEN, FIXED), "*encoder.conv.conv.bias": (HIDDEN,)}
     | norm("cls.predictions.transform.LayerNorm", EMBEDDING)
     | norm("*LayerNorm")
@@ -209,8 +192,7 @@ MODERNBERT = Family(
 GPT2 = Family(
     causal=True,
     ffn="n_inner",
-    axes=embedding("*wte")
-    | embedding("*wpe")
+    axes=embedding("*w[tp]e")
     | conv1d("*.attn.c_attn", HIDDEN, (QUERY, KEY, VALUE))
     | conv1d("*.attn.c_proj", VALUE, HIDDEN)
     | conv1d("*.mlp.c_fc", HIDDEN, FFN)
@@ -229,12 +211,8 @@ OPT = Family(
     | embedding("*embed_positions")
     | linear("*project_in", HIDDEN, EMBEDDING)
     | linear("*project_out", EMBEDDING, HIDDEN)
-    | linear("*.self_attn.q_proj", QUERY, HIDDEN)
-    | linear("*.self_attn.k_proj", KEY, HIDDEN)
-    | linear("*.self_attn.v_proj", VALUE, HIDDEN)
-    | linear("*.self_attn.out_proj", HIDDEN, VALUE)
-    | linear("*.fc1", FFN, HIDDEN)
-    | linear("*.fc2", HIDDEN, FFN)
+    | attention("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")
+    | feed_forward("*.fc1", "*.fc2")
     | norm("*layer_norm")
     | embedding("lm_head", EMBEDDING)
     | embedding("score", EMBEDDING)
@@ -248,8 +226,7 @@ GPT_NEOX = Family(
     axes=embedding("*embed_in")
     | linear("*.attention.query_key_value", HEADS, HIDDEN)
     | linear("*.attention.dense", HIDDEN, HEADS)
-    | linear("*.mlp.dense_h_to_4h", FFN, HIDDEN)
-    | linear("*.mlp.dense_4h_to_h", HIDDEN, FFN)
+    | feed_forward("*.mlp.dense_h_to_4h", "*.mlp.dense_4h_to_h")
     | norm("*norm")
     | embedding("lm_head")
     | TASKS,
@@ -264,8 +241,7 @@ LLAMA = Family(
     | linear("*.self_attn.[qkv]_proj", HEADS, HIDDEN)
     | linear("*.self_attn.o_proj", HIDDEN, HEADS)
     | linear("*.mlp.gate_proj", FFN, HIDDEN)
-    | linear("*.mlp.up_proj", FFN, HIDDEN)
-    | linear("*.mlp.down_proj", HIDDEN, FFN)
+    | feed_forward("*.mlp.up_proj", "*.mlp.down_proj")
     | norm("*.self_attn.[qk]_norm", FIXED)  # over the dimensions of one head, the same weights for all heads
     | norm("*norm")
     | embedding("lm_head")

@@ -9,10 +9,8 @@ Autograd would store several float32 copies of the logits and of all attention s
 that fit a cache instead, each with its gradient. Values equal those of `torch.nn.functional` up to rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +52,7 @@ class QueryKey(NamedTuple):
         """Attention scores before softmax and mask, (B, H, S, S)."""
         return (self.query * self.scaling) @ self.key.transpose(-1, -2)
 
-    def of_heads(self, heads: Tensor) -> QueryKey:
+    def of_heads(self, heads: Tensor) -> Self:
         return self._replace(query=self.query[:, heads], key=self.key[:, heads])
 
 
@@ -67,7 +65,7 @@ class Scores(NamedTuple):
     def scores(self) -> Tensor:
         return self.before_softmax
 
-    def of_heads(self, heads: Tensor) -> Scores:
+    def of_heads(self, heads: Tensor) -> Self:
         return self._replace(before_softmax=self.before_softmax[:, heads])
 
 
@@ -330,9 +328,8 @@ class DistillationLoss(nn.Module):
                 add up to those of the batch.
             share: the fraction of the batch's blocks that this part has.
 
-        Raises:
-            ValueError: no label, unless this is a part of a batch; another number of logits or layers than needed
-                (SDPA alone returns no attentions).
+        Raises ValueError for no label, unless this is a part of a batch, and for another number of logits or layers
+        than needed (SDPA alone returns no attentions).
         """
         weights, terms, layers = self.weights, {}, len(self.heads)
         if labels_in_batch is None:
@@ -422,9 +419,7 @@ class DistillationLoss(nn.Module):
         layers = [select_heads(layer, heads) for layer in (student, teacher)]
         if all(isinstance(layer, Tensor) for layer in layers):
             if self.attention_target == "scores":
-                raise ValueError(
-                    'the outputs hold no scores before the softmax: use hdlib.forward, or the target "probs"'
-                )
+                raise ValueError('no scores before the softmax: use hdlib.forward, or attention_target="probs"')
             return attention_loss(*layers, pairs_that_count(None, attention_mask))
         pairs = pairs_that_count(student.attended, attention_mask)
         if self.attention_target == "probs":
@@ -474,10 +469,8 @@ def _paired(name: str, student, teacher, expected: int) -> list[tuple]:
     """What both models recorded under this name, layer by layer. Raises ValueError for another number of layers."""
     layers = [getattr(outputs, name) or () for outputs in (student, teacher)]
     if [len(each) for each in layers] != [expected, expected]:
-        raise ValueError(
-            f"the loss compares {expected} {name.replace('_', ' ')}, but the student gave {len(layers[0])} and the "
-            f"teacher {len(layers[1])}: pass the outputs of hdlib.forward"
-        )
+        given = f"the student gave {len(layers[0])} and the teacher {len(layers[1])}"
+        raise ValueError(f"the loss compares {expected} {name.replace('_', ' ')}, but {given}: use hdlib.forward")
     return list(zip(*layers, strict=True))
 
 

@@ -6,8 +6,6 @@ would, at full cost. The weights are restored afterwards. Where neurons may retu
 (straight through), so that masked neurons are ranked with the others at the next prune.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -37,9 +35,7 @@ class Masks:
         recover: masked neurons may return at the next `choose`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, loss: DistillationLoss | None = None, scope="local", recover: bool = False
-    ):
+    def __init__(self, model: PreTrainedModel, loss: DistillationLoss | None = None, scope="local", recover=False):
         if scope not in SCOPES:
             raise ValueError(f"scope is one of {', '.join(SCOPES)}; got {scope!r}")
         self.model, self.loss, self.scope, self.recover = model, loss, scope, recover
@@ -84,16 +80,9 @@ class Masks:
                     parameter.grad.index_fill_(axis, indices, 0.0)
 
     def export(self) -> None:
-        """Remove the masked neurons, so that the model is a stock model with the same outputs.
-
-        Raises:
-            ValueError: scope "global", since no stock class has layers of different widths.
-        """
+        """Remove the masked neurons, so that the model is a stock model. Raises ValueError for scope "global"."""
         if self.scope == "global":
-            raise ValueError(
-                "scope='global' ranks neurons over all layers, so layers have different widths, which no stock class "
-                "can hold. Such a student exists under its masks only; scope='local' gives one that can be saved"
-            )
+            raise ValueError("scope='global' makes layers differ, which no stock class can hold: use scope='local'")
         sizes = {name: group.size for name, group in self._groups.items()}
         narrow(self.model, self.widths, {n: torch.zeros(s).index_fill(0, self.kept[n], 1.0) for n, s in sizes.items()})
 
@@ -215,11 +204,10 @@ def _complement(indices: Tensor, size: int) -> Tensor:
 @contextmanager
 def _zeroed(parameter: nn.Parameter, axis: int, indices: Tensor) -> Iterator[None]:
     """Set part of a parameter to 0 in place while open."""
-    with torch.no_grad():
-        values = parameter.index_select(axis, indices)
-        parameter.index_fill_(axis, indices, 0.0)
+    weights = parameter.detach()  # the same memory
+    values = weights.index_select(axis, indices)
+    weights.index_fill_(axis, indices, 0.0)
     try:
         yield
     finally:
-        with torch.no_grad():
-            parameter.index_copy_(axis, indices, values)
+        weights.index_copy_(axis, indices, values)

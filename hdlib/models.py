@@ -1,7 +1,5 @@
 """Teachers, students as their copies, and the forward pass that records what the loss compares."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,9 +31,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .families import FAMILIES
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
-from .widths import Widths, family, set_widths, unsupported
+from .narrowing import stock_model
+from .widths import Widths, family, family_of
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
@@ -77,7 +75,6 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     except Exception as error:  # of Transformers, tokenizers or safetensors
         reason = " ".join(str(error).split())
         raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {reason}") from error
-    family(model)
     _check_report(model, report)
     check_teacher(model)
     check_vocabulary(tokenizer, model)
@@ -114,8 +111,7 @@ def check_teacher(model: PreTrainedModel) -> None:
         raise ValueError(f"a {kind} is no teacher: open the checkpoint with its language-model head, as {needed}")
     if not causal and getattr(model.config, "is_decoder", False):
         raise ValueError(f"this {kind} reads earlier tokens only: set is_decoder to false in its config")
-    with torch.device("meta"):
-        stock = {name: each.shape for name, each in type(model)(deepcopy(model.config)).named_parameters()}
+    stock = {name: each.shape for name, each in stock_model(model, Widths.of(model)).named_parameters()}
     loaded = ((name, each) for name, each in model.named_parameters() if each.is_floating_point() and not each.is_meta)
     own = {name: each.shape for name, each in loaded}
     if differ := [name for name in own | stock if own.get(name) != stock.get(name)]:
@@ -177,9 +173,7 @@ def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: 
 
 def language_model_class(config: PreTrainedConfig) -> type:
     """The auto class that loads a model of this family with its language-model head."""
-    if config.model_type not in FAMILIES:
-        raise unsupported(config.model_type)
-    return AutoModelForCausalLM if FAMILIES[config.model_type].causal else AutoModelForMaskedLM
+    return AutoModelForCausalLM if family_of(config.model_type).causal else AutoModelForMaskedLM
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -191,9 +185,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         mismatch = "the tokenizer has no mask token"
     else:
         return
-    raise ValueError(
-        f"tokenizer and teacher do not belong together: {mismatch}. Use the tokenizer saved with the teacher."
-    )
+    raise ValueError(f"tokenizer and teacher do not belong together: {mismatch}. Use the teacher's own tokenizer.")
 
 
 def num_positions(model: PreTrainedModel) -> int:
@@ -238,11 +230,9 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
 
 def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTrainedModel:
     """A student of the teacher's family and of these widths, with the stock random initialisation."""
-    config = deepcopy(teacher.config)
-    set_widths(teacher, config, widths)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = type(teacher)(config)
+        student = stock_model(teacher, widths, "cpu")
     return student.to(teacher.device, torch.float32).eval()
 
 

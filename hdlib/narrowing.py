@@ -5,8 +5,6 @@ it. Everything else follows the stock constructor. It builds an empty model of t
 must equal the result. The values it derives from the widths (feature counts, attention scale) are copied.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -84,8 +82,7 @@ def choose(scores: dict[str, Tensor], wide: Widths, narrow: Widths, layers: list
             kept |= _choose_inside_heads(name, scores, wide, narrow, by_head)
     if SHARED_HEADS in scores:
         kept[SHARED_HEADS] = kept["layer.0.heads"]
-    heads = [kept[f"layer.{layer}.heads"] for layer in layers]
-    return kept | {f"layer.{layer}.heads": each for layer, each in enumerate(heads)}
+    return kept | {f"layer.{layer}.heads": kept[f"layer.{source}.heads"] for layer, source in enumerate(layers)}
 
 
 def _scores_of_shared_heads(scores: dict[str, Tensor], wide: Widths) -> Tensor | None:
@@ -192,18 +189,17 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 def sites_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) that holds each parameter: more than one where weights are tied."""
     sites: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                sites.setdefault(parameter, []).append((module, name))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, _, attribute = name.rpartition(".")
+        sites.setdefault(parameter, []).append((model.get_submodule(module), attribute))
     return sites
 
 
-def empty_stock_model(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """A model of these widths from the stock constructor, without memory for its weights."""
+def stock_model(model: PreTrainedModel, widths: Widths, device: str = "meta") -> PreTrainedModel:
+    """A model of these widths from the stock constructor; on the meta device, without memory for its weights."""
     config = deepcopy(model.config)
     set_widths(model, config, widths)
-    with torch.device("meta"):
+    with torch.device(device):
         return type(model)(config)
 
 
@@ -225,16 +221,13 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised and cannot be sliced: load it in float32 or bfloat16")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device, offloaded or not loaded yet: load the model into memory")
-        if type(parameter.data) is not Tensor or not parameter.is_floating_point():
+        if parameter.is_meta or type(parameter.data) is not Tensor or not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is a {type(parameter.data).__name__} of {parameter.dtype}, quantised or sharded, and cannot "
-                "be sliced: load the whole model in float32 or bfloat16"
+                f"{name} is a {type(parameter.data).__name__} on the {parameter.device} device of {parameter.dtype}, "
+                "quantised, sharded or offloaded: load the model into memory, whole and in float32 or bfloat16"
             )
-    stock = empty_stock_model(model, widths)
-    differ = dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys()
-    if differ:
+    stock = stock_model(model, widths)
+    if differ := dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys():
         raise UnsupportedArchitecture(
             f"the parameters of this model and of a stock {type(model).__name__} differ: {', '.join(sorted(differ))}. "
             "Restore ties between weights and layers that were replaced, as by quantisation"
@@ -250,8 +243,7 @@ def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: di
         expected = tuple(stock.get_parameter(name).shape)
         if shape != expected:
             raise UnsupportedArchitecture(
-                f"{name} would have shape {shape}, but {expected} in a stock {type(model).__name__} of these widths: "
-                "correct its row in hdlib/families.py"
+                f"{name} would have shape {shape}, in a stock model {expected}: correct its row in hdlib/families.py"
             )
 
 
@@ -274,7 +266,4 @@ def _check_optimizer(model: nn.Module, optimizer) -> None:
             raise ValueError(f"the optimiser does not hold the trainable parameter {name}: pass this model's optimiser")
         for key, value in optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value) and value.numel() > 1 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"the optimiser's state {key!r} of {name} has shape {tuple(value.shape)}, not its parameter's, and "
-                    "cannot be sliced: use an optimiser such as AdamW or SGD"
-                )
+                raise ValueError(f"the optimiser's {key} of {name} cannot be sliced: use one such as AdamW or SGD")

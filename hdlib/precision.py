@@ -1,7 +1,5 @@
 """The precision of matrix products: float32, or bfloat16 where it is faster."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial

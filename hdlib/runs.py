@@ -9,8 +9,6 @@ kept.json                          indices of the teacher's neurons that the stu
 student/                           the result, a stock model folder; absent for scope="global".
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -23,6 +21,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from os.path import expanduser
 from pathlib import Path
+from typing import Self
 
 import torch
 from filelock import FileLock, Timeout
@@ -53,7 +52,7 @@ class Prune:
     kept: Mapping[str, Tensor]  # (N,) bool, after the prune
 
     @classmethod
-    def of(cls, step: int, sizes: Mapping[str, int], scores, before, after) -> Prune:
+    def of(cls, step: int, sizes: Mapping[str, int], scores, before, after) -> Self:
         """From scores of the student's neurons (under masks: all) and the indices kept `before` and `after`."""
         importance, kept = {}, {}
         for name, score in scores.items():
@@ -71,14 +70,14 @@ class Run:
         self._parsed = (b"", None)  # the lines of metrics.jsonl and their table
 
     @classmethod
-    def load(cls, folder: str | Path) -> Run:
+    def load(cls, folder: str | Path) -> Self:
         """Open a run folder, finished or not. Raises FileNotFoundError if it has no run.json."""
         if not cls(folder).begun:
             raise FileNotFoundError(f"{folder} is no run folder: it holds no run.json")
         return cls(folder)
 
     @classmethod
-    def start(cls, folder: str | Path, arguments: dict, processes: int = 1) -> Run:
+    def start(cls, folder: str | Path, arguments: dict, processes: int = 1) -> Self:
         """Create a run folder. Raises FileExistsError if it has files of another run."""
         run = cls(folder)
         if found := [name for name in PARTS if (run.folder / name).exists()]:

@@ -5,8 +5,6 @@ score of a neuron is the sum over all elements it owns: the slices of its width 
 pass and before gradient clipping and the optimiser's step, while weights and gradients belong together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -5,13 +5,11 @@ writes; query dimension i is multiplied by key dimension i. A *width group* is a
 The groups follow from the tables in families.py. L layers, H heads, D hidden width, F feed-forward width.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, lcm
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,11 +24,14 @@ class UnsupportedArchitecture(ValueError):
     """No table for the model's family, or a model that is not in its stock form."""
 
 
-def unsupported(kind: str) -> UnsupportedArchitecture:
-    return UnsupportedArchitecture(
-        f"no width groups are declared for the architecture {kind!r}; supported: {', '.join(sorted(FAMILIES))}. "
-        "A new family is one table in hdlib/families.py."
-    )
+def family_of(model_type: str) -> Family:
+    """The table of an architecture. Raises UnsupportedArchitecture if there is none."""
+    if model_type not in FAMILIES:
+        raise UnsupportedArchitecture(
+            f"no width groups are declared for the architecture {model_type!r}; supported: "
+            f"{', '.join(sorted(FAMILIES))}. A new family is one table in hdlib/families.py."
+        )
+    return FAMILIES[model_type]
 
 
 def family(model: PreTrainedModel) -> Family:
@@ -40,14 +41,12 @@ def family(model: PreTrainedModel) -> Family:
             f"{type(model).__name__} is no Hugging Face model. If it wraps one, pass that: merge_and_unload() of PEFT, "
             "_orig_mod of torch.compile (compile after narrowing), module of a parallel wrapper."
         )
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise unsupported(config.model_type)
+    config, declared = model.config, family_of(model.config.model_type)
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise UnsupportedArchitecture(f"this {config.model_type!r} model has cross-attention: use one without it")
     if getattr(config, "inner_group_num", 1) != 1:
         raise UnsupportedArchitecture(f"inner_group_num is {config.inner_group_num}: use an ALBERT in which it is 1")
-    return FAMILIES[config.model_type]
+    return declared
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Block(NamedTuple):
         first = self.start + neurons[:, None] * self.unit
         return (first + torch.arange(self.unit, device=neurons.device)).flatten()
 
-    def narrowed(self, kept: dict[str, Tensor]) -> Block:
+    def narrowed(self, kept: dict[str, Tensor]) -> Self:
         """This block after a prune; `kept` is the result of `hdlib.narrow`."""
         size = len(kept[self.group])
         return self._replace(size=size, start=self.start // self.size * size)
@@ -93,9 +92,8 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
         row = next((row for pattern, row in declared.axes.items() if fnmatchcase(name, pattern)), None)
         if row is None or len(row) != parameter.dim():
             raise UnsupportedArchitecture(
-                f"parameter {name} of shape {tuple(parameter.shape)} has no row in the table of "
-                f"{model.config.model_type!r}: an adapter must be merged, a quantised, sharded or altered model "
-                "restored to its stock form. If it is part of the architecture, declare it in hdlib/families.py."
+                f"parameter {name} of shape {tuple(parameter.shape)} has no row for {model.config.model_type!r}: an "
+                "adapter must be merged, a quantised, sharded or altered model restored; or add a row to families.py"
             )
         sizes = zip(row, parameter.shape, strict=True)
         named[name] = tuple(_axis(model, declared, name, kinds, length) for kinds, length in sizes)
@@ -129,12 +127,10 @@ def all_neurons(model: PreTrainedModel) -> dict[str, Tensor]:
     return kept | {f"layer.{layer}.heads": torch.arange(heads) for layer in layers}
 
 
-class WidthGroups(dict):
+class WidthGroups(dict[str, WidthGroup]):
     """Group name to WidthGroup, displayed in a notebook as a table with one row per kind of group."""
 
-    def __init__(self, groups: dict[str, WidthGroup], changes: str):
-        super().__init__(groups)
-        self.changes = changes  # which widths can change, as a sentence
+    changes: str  # which widths can change, as a sentence
 
     def __repr__(self) -> str:
         return "\n".join([self.changes, *(f"{group.name}: {group.size} neurons" for group in self.values())])
@@ -156,10 +152,10 @@ def width_groups(model: PreTrainedModel) -> WidthGroups:
         "layer.l.query_key" and "layer.l.value_output", else "layer.l.head_groups". Layers that share weights
         share groups; a width that cannot change has no group.
 
-    Raises:
-        UnsupportedArchitecture: no table for this family, or a model that is not in its stock form.
+    Raises UnsupportedArchitecture without a table for this family, or for a model that is not in its stock form.
     """
-    wide, groups = Widths.of(model), {}
+    wide, groups = Widths.of(model), WidthGroups()
+    groups.changes = _changes(model)
     sizes = {HIDDEN: wide.hidden, FFN: wide.ffn, HEADS: _key_value_heads(model), SHARED_HEADS: wide.heads}
     sizes |= dict.fromkeys((QUERY_KEY, VALUE), wide.heads * wide.head_dim)
     for name, axes in axes_of(model).items():
@@ -173,7 +169,7 @@ def width_groups(model: PreTrainedModel) -> WidthGroups:
                     )
                 group = groups.setdefault(block.group, WidthGroup(block.group, kind, block.size, []))
                 group.members.append((name, axis, block.start, block.unit))
-    return WidthGroups(groups, _changes(model))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ class Widths:
     heads: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Widths:
+    def of(cls, model: PreTrainedModel) -> Self:
         """The present shape of a model."""
         declared, config = family(model), model.config  # family() checks the model
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -199,7 +195,7 @@ class Widths:
         return cls(hidden, getattr(config, declared.ffn) or 4 * hidden, head_dim, heads)
 
     @classmethod
-    def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Widths:
+    def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Self:
         """The possible shape nearest to `ratio` times the model's widths.
 
         Every head loses dimensions where the family allows it; else whole heads are removed.
@@ -208,8 +204,7 @@ class Widths:
             ratio: the fraction of every width to keep, in (0, 1].
             multiple_of: hidden and ffn become multiples of this; 8 suits tensor cores.
 
-        Raises:
-            ValueError: ratio outside (0, 1], or no multiple at or below the model's width.
+        Raises ValueError for a ratio outside (0, 1], or if no multiple is at or below the model's width.
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio} is not a fraction of the widths: take one in (0, 1]")
@@ -226,18 +221,15 @@ class Widths:
             if hidden == _separate_embedding(model, declared):
                 hidden += -grain if hidden > grain else grain
             shape = replace(shape, hidden=hidden)
-        if not declared.linked:
-            return shape
-        if "head_dim" in declared.fixed:
-            return replace(shape, heads=shape.hidden // shape.head_dim)
-        return replace(shape, head_dim=shape.hidden // shape.heads)
+        if declared.linked:
+            shape = cls(shape.hidden, shape.ffn)  # the heads follow
+        return shape.resolved(model)
 
-    def resolved(self, model: PreTrainedModel) -> Widths:
+    def resolved(self, model: PreTrainedModel) -> Self:
         """This shape with every missing width filled in, checked against what the model can become.
 
-        Raises:
-            ValueError: a width below 1 or above the model's, one that this family cannot change, or a
-                combination that the stock class does not have; the message gives a possible value.
+        Raises ValueError for a width below 1 or above the model's, one that this family cannot change, or a combination
+        that the stock class does not have; the message gives a possible value.
         """
         wide, declared = Widths.of(model), family(model)
         given = {name: width for name, width in asdict(self).items() if width is not None}
@@ -251,7 +243,7 @@ class Widths:
         _check_possible(shape, wide, model, declared)
         return shape
 
-    def between(self, narrow: Widths, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Widths:
+    def between(self, narrow: Self, progress: float, model: PreTrainedModel, multiple_of: int = 1) -> Self:
         """The possible shape at a fraction `progress`, in [0, 1], of the path from this shape to `narrow`.
 
         Before progress 1, hidden and ffn are rounded up to multiples of `multiple_of`, at most to this shape's
@@ -278,7 +270,7 @@ class Widths:
             now["hidden"] = _rounded_up(now["hidden"], now["heads"])
         return Widths(**now)
 
-    def fits_in(self, other: Widths) -> bool:
+    def fits_in(self, other: Self) -> bool:
         """Whether a model of the shape `other` can be narrowed to this one: no width is larger."""
         return all(width <= getattr(other, name) for name, width in asdict(self).items())
 
@@ -329,15 +321,10 @@ def _check_possible(shape: Widths, wide: Widths, model: PreTrainedModel, declare
         below = shape.hidden // grain * grain
         near = " or ".join(str(n) for n in (below, below + grain) if 0 < n <= wide.hidden)
         rule = "is heads x head_dim" if declared.linked else "is a multiple of heads"
-        raise ValueError(
-            f"hidden={shape.hidden} with heads={shape.heads} and head_dim={shape.head_dim} is impossible: in a stock "
-            f"{kind!r} hidden {rule}; take hidden={near}"
-        )
+        asked = f"hidden={shape.hidden} with heads={shape.heads} and head_dim={shape.head_dim}"
+        raise ValueError(f"{asked} is impossible: in a stock {kind!r} hidden {rule}; take hidden={near}")
     if shape.hidden == _separate_embedding(model, declared):
-        raise ValueError(
-            f"hidden={shape.hidden} is the width of the embeddings: a stock {kind!r} then has no projection between "
-            "the two, and its weights would be lost; take another hidden width"
-        )
+        raise ValueError(f"hidden={shape.hidden} is the width of the embeddings, leaving no projection: take another")
 
 
 def _hidden_grain(shape: Widths, declared: Family) -> int:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ...config import CHOICES, DistillConfig, option
 from ...models import check_length, check_reachable, language_model_class, shape_of
-from ...narrowing import empty_stock_model
+from ...narrowing import stock_model
 from ...text.corpus import SHORTEST
 from ...widths import Widths
 from ..cost import flops, parameters, project
@@ -256,7 +256,7 @@ def _empty_teacher(name: str) -> PreTrainedModel:
 
 
 def _size(teacher: PreTrainedModel, widths: Widths, length: int) -> dict[str, float]:
-    model = empty_stock_model(teacher, widths)
+    model = stock_model(teacher, widths)
     return asdict(widths) | parameters(model) | {"gflop": flops(model.config, length) / 1e9}
 
 
