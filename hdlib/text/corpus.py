@@ -133,9 +133,7 @@ def load_documents(
         return _from_datasets(name_or_path, text_column, "the data set")
     names = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
     if wrong := [name for name in names or [names] if not isinstance(name, str | Path) or not str(name).strip()]:
-        raise ValueError(
-            f"a corpus is a path, a list of paths, a data set or its name on the hub; got {wrong[0]!r:.50}"
-        )
+        raise ValueError(f"a corpus is a path, a list of paths, a data set or a name on the hub; got {wrong[0]!r:.50}")
     paths = [Path(os.path.expanduser(gather() if name == "embedded" else name)) for name in names]
     if len(paths) == 1 and not exists(paths[0]):
         return _from_hub(str(names[0]), text_column, subset, streaming)
@@ -196,31 +194,23 @@ def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Da
         raise ValueError(f"{where} has files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
     state = {file: _state(file) for file in held_out}
     digests = {file: _checked(file) for file in held_out}
+
+    def require_unchanged() -> None:
+        if changed := [file for file in held_out if _state(file) != state[file]]:
+            raise ValueError(f"{changed[0]} was changed while it was being read: load the corpus again")
+
     found = {}
     for split, files in _without_copies(held_out, digests, where).items():
-        arguments = {"files": files, "column": column, "state": state}
-        found[split] = IterableDataset.from_generator(_documents, gen_kwargs=arguments)
+        found[split] = IterableDataset.from_generator(documents, gen_kwargs={"files": files, "column": column})
         if not streaming:
             name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
             schema = pa.schema({column: pa.string()})
-            found[split] = _stored("hdlib_documents", name, schema, found[split].iter(TOGETHER))
-    _require(state)
+            found[split] = _stored("hdlib_documents", name, schema, found[split].iter(TOGETHER), require_unchanged)
     return found
 
 
-def _documents(files: list[Path], column: str, state: dict[Path, tuple[int, int]]) -> Iterator[dict[str, str]]:
-    yield from documents(files, column)
-    _require(state)
-
-
-def _require(state: dict[Path, tuple[int, int]]) -> None:
-    """Raise ValueError if a file has changed, FileNotFoundError if it has disappeared, since this was its state."""
-    if changed := [file for file in state if _state(file) != state[file]]:
-        raise ValueError(f"{changed[0]} was changed while it was being read: load the corpus again")
-
-
 def _state(file: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
+    """Size and time of the last change. Raises FileNotFoundError for a file that has disappeared."""
     return file.stat().st_size, file.stat().st_mtime_ns
 
 
@@ -243,15 +233,19 @@ def _without_copies(held_out: dict[Path, bool], digests: dict[Path, str], where:
     return {split: files for split, files in parts.items() if files}
 
 
-def _stored(folder: str, name: str, schema: pa.Schema, batches: Iterable[dict[str, list]]) -> Dataset:
-    """The rows, from the cache; the first of several processes writes them."""
+def _stored(
+    folder: str, name: str, schema: pa.Schema, batches: Iterable[dict[str, list]], check: Callable = lambda: None
+) -> Dataset:
+    """The rows, from the cache; the first of several processes writes them. `check` raises to prevent it."""
     path = Path(datasets.config.HF_DATASETS_CACHE) / folder / f"{name}.arrow"
     draft = path.with_suffix(".draft")
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        if missing := not path.exists():
             with pa.ipc.new_stream(str(draft), schema) as writer:
                 for columns in batches:
                     writer.write_table(pa.table(columns, schema))
+        check()
+        if missing:
             draft.rename(path)
     stored = Dataset.from_file(str(path))
     stored._fingerprint = name
@@ -296,13 +290,7 @@ def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, list
     return {"train": [part["train"] for part in parts], "validation": [part["test"] for part in parts]}
 
 
-def _pack(
-    documents: list[Dataset] | list[IterableDataset],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    text_column: str,
-    causal: bool,
-) -> Dataset:
+def _pack(documents: list, tokenizer: PreTrainedTokenizerBase, length: int, column: str, causal: bool) -> Dataset:
     """Documents to blocks; [SEP], or for causal models the end-of-text token, is between the documents."""
     cls, sep, eos = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
     between, edges = (sep if eos is None else eos, 0) if causal else (sep, 1)
@@ -325,9 +313,9 @@ def _pack(
     made, schema = [], pa.schema({"input_ids": pa.list_(pa.int32())})
     count = None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
     with tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2) as bar:
-        for part in _parts(documents, text_column):
-            name = _digest(part._fingerprint, definition, length, text_column, causal, cls, between, TOGETHER, RECIPE)
-            batches = (pack(batch[text_column]) for batch in part.iter(TOGETHER))
+        for part in _parts(documents, column):
+            name = _digest(part._fingerprint, definition, length, column, causal, cls, between, TOGETHER, RECIPE)
+            batches = (pack(batch[column]) for batch in part.iter(TOGETHER))
             made.append(_stored("hdlib_blocks", name, schema, batches))
             bar.update(len(part))
     if not made and count is None:

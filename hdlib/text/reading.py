@@ -35,7 +35,7 @@ def text_files(paths: list[Path]) -> dict[Path, bool]:
     found = {}  # by the file that a link points to
     for path in paths:
         root = path.parent if len(paths) > 1 and path.name.lower() in SPLIT_NAMES else path
-        for file in sorted(_shown(path)) if path.is_dir() else [path]:
+        for file in _shown(path, set()) if path.is_dir() else [path]:
             if not os.path.exists(file):
                 target = f": it points to {file.readlink()}" if file.is_symlink() else ""
                 raise FileNotFoundError(f"there is no file or folder {file}{target}")
@@ -57,18 +57,12 @@ def _is_held_out(names: list[str]) -> bool:
     return False
 
 
-def _shown(folder: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders, except hidden ones."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    seen = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        new = os.path.realpath(here) not in seen  # links can form a loop
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if new and not HIDDEN.match(name))
-        yield from (Path(here, name) for name in files if new and not HIDDEN.match(name))
+def _shown(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files in a folder and its subfolders, sorted, without hidden ones; `seen` ends loops of links."""
+    if folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        for path in sorted(path for path in folder.iterdir() if not HIDDEN.match(path.name)):
+            yield from _shown(path, seen) if path.is_dir() else [path]
 
 
 def documents(files: list[Path], column: str) -> Iterator[dict[str, str]]:
