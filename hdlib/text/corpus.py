@@ -313,7 +313,7 @@ def _pack(documents: list, tokenizer: PreTrainedTokenizerBase, length: int, colu
     made, schema = [], pa.schema({"input_ids": pa.list_(pa.int32())})
     count = None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
     with tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2) as bar:
-        for part in _parts(documents, column):
+        for part in _parts(documents):
             name = _digest(part._fingerprint, definition, length, column, causal, cls, between, TOGETHER, RECIPE)
             batches = (pack(batch[column]) for batch in part.iter(TOGETHER))
             made.append(_stored("hdlib_blocks", name, schema, batches))
@@ -385,12 +385,10 @@ def _warn_of_common_documents(train: list, validation: list, column: str) -> Non
         )
 
 
-def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -> Iterator[Dataset]:
+def _parts(documents: list[Dataset] | list[IterableDataset]) -> Iterator[Dataset]:
     """The documents in parts that are one file of the cache each."""
     for several in documents:
         if isinstance(several, IterableDataset):
-            for batch in several.iter(PART_OF_STREAM):
-                yield Dataset.from_dict({text_column: batch[text_column]})
+            yield from map(Dataset.from_dict, several.iter(PART_OF_STREAM))
         else:
-            for start in range(0, len(several), PART):
-                yield several.select(range(start, min(start + PART, len(several))))
+            yield from (several.skip(start).take(PART) for start in range(0, len(several), PART))

@@ -112,10 +112,8 @@ def text_of(row: dict, column: str, where: str) -> str | None:
         if value is None or value.encode() is not None:
             return value
     except (AttributeError, UnicodeEncodeError):  # no string, or half of a surrogate pair
-        kind = type(value).__name__
-        raise ValueError(
-            f"{where}, column {column!r} holds no text but the {kind} {str(value)[:50]!a}: set text_column"
-        ) from None
+        found = f"the {type(value).__name__} {str(value)[:50]!a}"
+        raise ValueError(f"{where}, column {column!r} holds no text but {found}: set text_column") from None
 
 
 def _field(row: object, name: str) -> object:
