@@ -62,7 +62,7 @@ def test_the_fit_of_hidden_states_is_measured_on_other_tokens():
             fit.add(states[read : read + 5, :, :width], targets[read : read + 5], real[read : read + 5], read)
         whole = _LinearFit()
         whole.add(states[..., :width], targets, real, 0)
-        assert fit.errors()[1] > 1.0, "unrelated states predict nothing, whatever their width"
+        assert fit.errors()[1] > 1.0, "unrelated states predict nothing, at any width"
         assert fit.errors() == pytest.approx(whole.errors(), rel=1e-12)
 
 

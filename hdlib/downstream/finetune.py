@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -124,9 +123,7 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
         )
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)  # the measures are returned
-        started = perf_counter()
-        trainer.train()
-        seconds = perf_counter() - started
+        seconds = trainer.train().metrics["train_runtime"]
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise _diverged(model.name_or_path, "weights", config)
     return trainer, seconds

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -158,9 +158,8 @@ def _from_hub(name: str, source: str, parts: dict[str, str]) -> dict[str, Datase
             f"task {name}: {source!r} is not a local folder, and no data set of that name could be loaded from the "
             f"hub ({type(error).__name__}). Pass a folder that holds {name}/train.parquet"
         ) from error
-    for stem in parts.values():
-        if stem not in found:
-            raise ValueError(f"task {name} has no {stem} part in {source}; its parts are {', '.join(found)}")
+    if missing := [stem for stem in parts.values() if stem not in found]:
+        raise ValueError(f"task {name} has no {missing[0]} part in {source}; its parts are {', '.join(found)}")
     return {part: found[stem] for part, stem in parts.items()}
 
 
@@ -291,9 +290,8 @@ def _order(documents: list[dict], part: str) -> list[list[tuple[str]]]:
 def _swap(text: str, draw: random.Random) -> str:
     """Swap two different words; not the first or last, whose capital or full stop would reveal it."""
     words = text.split()
-    inner = range(1, len(words) - 1)
-    choices = [(i, j) for i in inner for j in inner if i < j and words[i].lower() != words[j].lower()]
-    i, j = draw.choice(choices)
+    pairs = combinations(range(1, len(words) - 1), 2)
+    i, j = draw.choice([(i, j) for i, j in pairs if words[i].lower() != words[j].lower()])
     words[i], words[j] = words[j], words[i]
     return " ".join(words)
 

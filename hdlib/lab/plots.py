@@ -165,11 +165,7 @@ def _curve(run: Run, measure: str) -> pd.Series:
 
 @styled
 def plot_ends(
-    table: pd.DataFrame,
-    measure: str = "kl",
-    baseline: str | None = None,
-    axes: Axes | None = None,
-    centre: str = "mean",
+    table: pd.DataFrame, measure: str, baseline: str | None = None, axes: Axes | None = None, centre: str = "mean"
 ) -> Figure:
     """The final value of every arm: a row an arm, a point a seed, a bar and a number for the mean or median.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -108,18 +107,14 @@ class Study:
                 data = (self.teacher, self.tokenizer, self.train, self.validation)
                 distill(*data, config, unfinished, resume=True)
                 os.replace(unfinished, done)
-        return _checked(Run.load(done), config)
-
-
-def _checked(run: Run, config: DistillConfig) -> Run:
-    """The run, if it has these arguments."""
-    was, now = run.config.to_dict(), config.to_dict()
-    if changed := [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]:
-        raise ValueError(
-            f"{run.folder} holds a run with other arguments: {'; '.join(changed)}. "
-            "Choose another folder for this study, or delete that run"
-        )
-    return run
+        run = Run.load(done)
+        was, now = run.config.to_dict(), config.to_dict()
+        if changed := [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]:
+            raise ValueError(
+                f"{run.folder} holds a run with other arguments: {'; '.join(changed)}. "
+                "Choose another folder for this study, or delete that run"
+            )
+        return run
 
 
 def pick(arms: Mapping[str, dict], names: Iterable[str]) -> dict[str, dict]:
@@ -216,7 +211,7 @@ def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFram
     def shared(one: str, other: str) -> float:
         pairs = [(a, b) for a in kept[one] for b in kept[other] if a is not b]
         fractions = [mean(len(a[name] & b[name]) / len(a[name]) for name in a) for a, b in pairs]
-        return mean(fractions) if fractions else math.nan
+        return mean(fractions) if fractions else np.nan
 
     return pd.DataFrame([[shared(one, other) for other in kept] for one in kept], index=list(kept), columns=list(kept))
 

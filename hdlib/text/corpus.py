@@ -13,8 +13,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from contextlib import suppress
+from itertools import chain
 from os.path import exists
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, concatenate_datasets
 from filelock import FileLock
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer
@@ -38,7 +37,7 @@ from .reading import HELD_OUT_NAMES, LONGEST, READERS, documents, extension, ope
 HELD_OUT = 50  # without such a file, one document of this many is held out
 DRAWN_TOGETHER = 1_000_000  # documents per draw of the held-out ones, 47 bytes of memory for each
 SHORTEST = 8  # tokens a block
-RECIPE = 4  # raise it when a change in this file or in `reading` changes the blocks
+RECIPE = 5  # raise it when a change in this file or in `reading` changes the blocks
 TOGETHER = 1000  # documents that are packed together; their last incomplete block is dropped
 ENCODED_TOGETHER = 64  # documents whose tokens are held as Python objects
 PART = 100_000  # documents per file of the cache; an interrupted call continues after the last complete file
@@ -134,9 +133,7 @@ def load_documents(
         return _from_datasets(name_or_path, text_column, "the data set")
     names = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
     if wrong := [name for name in names or [names] if not isinstance(name, str | Path) or not str(name).strip()]:
-        raise ValueError(
-            f"a corpus is a path, a list of paths, a data set or its name on the hub; got {wrong[0]!r:.50}"
-        )
+        raise ValueError(f"a corpus is a path, a list of paths, a data set or a name on the hub; got {wrong[0]!r:.50}")
     paths = [Path(os.path.expanduser(gather() if name == "embedded" else name)) for name in names]
     if len(paths) == 1 and not exists(paths[0]):
         return _from_hub(str(names[0]), text_column, subset, streaming)
@@ -180,21 +177,12 @@ def _from_datasets(found: Dataset | IterableDataset | dict, column: str, where: 
 
 def _only_text(part: Dataset | IterableDataset, column: str, where: str) -> Dataset | IterableDataset:
     def text(row: dict, number: int) -> dict[str, str | None]:
-        return {column: text_of(row, column, f"{where}, row {number + 1}")}
+        return {column: text_of(dict(row), column, f"{where}, row {number + 1}")}
 
     part = part.with_format(None)
-    if isinstance(part, IterableDataset):
-        return part.map(text, with_indices=True).select_columns([column])
-    names = part.column_names
-    if column not in names and "." in column:
-        part = part.flatten(max_depth=column.count(".") + 1)  # "a.b" becomes a column
-    if column not in part.column_names:
-        raise ValueError(f"{where} has no column {column!r}: set text_column to one of {names}")
-    part = part.select_columns([column])
-    if getattr(part.features[column], "dtype", None) not in ("string", "large_string"):
-        for number, row in enumerate(part):  # raises an error at the first row with a value
-            text(row, number)
-    return part
+    if (part.features or {}).get(column) not in (Value("string"), Value("large_string")):
+        part = part.map(text, with_indices=True)  # raises an error at the first row without text
+    return part.select_columns([column])
 
 
 def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Dataset | IterableDataset]:
@@ -204,18 +192,26 @@ def _from_files(paths: list[Path], column: str, streaming: bool) -> dict[str, Da
         raise ValueError(f"{where} holds no text: files of type {', '.join(READERS)} are read")
     if len(kinds) > 1:
         raise ValueError(f"{where} has files of several kinds ({', '.join(kinds)}): keep one kind in a corpus")
-    state = _state(held_out)
+    state = {file: _state(file) for file in held_out}
     digests = {file: _checked(file) for file in held_out}
-    found, schema = {}, pa.schema({column: pa.string()})
+
+    def require_unchanged() -> None:
+        if changed := [file for file in held_out if _state(file) != state[file]]:
+            raise ValueError(f"{changed[0]} was changed while it was being read: load the corpus again")
+
+    found = {}
     for split, files in _without_copies(held_out, digests, where).items():
-        arguments = {"files": files, "column": column}
-        if streaming:
-            features = datasets.Features.from_arrow_schema(schema)
-            found[split] = IterableDataset.from_generator(documents, features, gen_kwargs=arguments)
-        else:
+        found[split] = IterableDataset.from_generator(documents, gen_kwargs={"files": files, "column": column})
+        if not streaming:
             name = _digest(kinds, [digests[file] for file in files], column, LONGEST, RECIPE)
-            found[split] = _stored(documents(**arguments), schema, name, lambda: _state(held_out) == state)
+            schema = pa.schema({column: pa.string()})
+            found[split] = _stored("hdlib_documents", name, schema, found[split].iter(TOGETHER), require_unchanged)
     return found
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of the last change. Raises FileNotFoundError for a file that has disappeared."""
+    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _without_copies(held_out: dict[Path, bool], digests: dict[Path, str], where: str) -> dict[str, list[Path]]:
@@ -237,23 +233,18 @@ def _without_copies(held_out: dict[Path, bool], digests: dict[Path, str], where:
     return {split: files for split, files in parts.items() if files}
 
 
-def _state(files: Iterable[Path]) -> list[tuple[int, int]]:
-    """Size and time of the last change. Raises FileNotFoundError for a file that has disappeared."""
-    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _stored(rows: Iterator[dict], schema: pa.Schema, name: str, unchanged: Callable[[], bool]) -> Dataset:
-    """The rows, from the cache; the first of several processes writes them."""
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_documents" / f"{name}.arrow"
+def _stored(
+    folder: str, name: str, schema: pa.Schema, batches: Iterable[dict[str, list]], check: Callable = lambda: None
+) -> Dataset:
+    """The rows, from the cache; the first of several processes writes them. `check` raises to prevent it."""
+    path = Path(datasets.config.HF_DATASETS_CACHE) / folder / f"{name}.arrow"
     draft = path.with_suffix(".draft")
     with FileLock(path.with_suffix(".lock")):
         if missing := not path.exists():
             with pa.ipc.new_stream(str(draft), schema) as writer:
-                for several in iter(lambda: list(islice(rows, TOGETHER)), []):
-                    columns = [[row[column] for row in several] for column in schema.names]
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-        if not unchanged():
-            raise ValueError("a file of the corpus was changed while it was being read: load the corpus again")
+                for columns in batches:
+                    writer.write_table(pa.table(columns, schema))
+        check()
         if missing:
             draft.rename(path)
     stored = Dataset.from_file(str(path))
@@ -265,17 +256,16 @@ def _checked(file: Path) -> str:
     """A digest of the file's content. Raises ValueError for a file that is empty, damaged or not UTF-8."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: remove it")
-    digest, decoder, start = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
+    digest, decoder, read = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with opened(file) as stream:
             for chunk in chain(iter(lambda: stream.read(1 << 22), b""), [b""]):
                 digest.update(chunk)
+                read += len(chunk)
                 if extension(file) != ".parquet":
-                    undecoded = len(decoder.getstate()[0])
                     decoder.decode(chunk, final=not chunk)
-                    start += len(chunk)
     except UnicodeDecodeError as error:
-        byte = start - undecoded + error.start
+        byte = read - len(error.object) + error.start
         raise ValueError(f"{file} is not UTF-8 text: byte {byte} cannot be decoded ({error.reason})") from error
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{file} cannot be read to its end: {error}") from error
@@ -300,13 +290,7 @@ def _hold_out(documents: Dataset | IterableDataset, seed: int) -> dict[str, list
     return {"train": [part["train"] for part in parts], "validation": [part["test"] for part in parts]}
 
 
-def _pack(
-    documents: list[Dataset] | list[IterableDataset],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    text_column: str,
-    causal: bool,
-) -> Dataset:
+def _pack(documents: list, tokenizer: PreTrainedTokenizerBase, length: int, column: str, causal: bool) -> Dataset:
     """Documents to blocks; [SEP], or for causal models the end-of-text token, is between the documents."""
     cls, sep, eos = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
     between, edges = (sep if eos is None else eos, 0) if causal else (sep, 1)
@@ -316,24 +300,23 @@ def _pack(
     encode, definition = _encoder(tokenizer)
     room = length - 2 * edges
 
-    def pack(texts: list[str | None]) -> dict[str, np.ndarray]:
-        cut, ids = [piece for text in texts if text for piece in pieces(text)], [np.empty(0, dtype=np.int32)]
+    def pack(texts: list[str | None]) -> dict[str, list[np.ndarray]]:
+        cut, ids = [piece for text in texts if text for piece in pieces([text])], [np.empty(0, dtype=np.int32)]
         for start in range(0, len(cut), ENCODED_TOGETHER):
             encoded = encode(cut[start : start + ENCODED_TOGETHER])
             ids += [np.array([*tokens, between], dtype=np.int32) for tokens in encoded if tokens]
         stream = np.concatenate(ids)
         blocks = stream[: len(stream) // room * room].reshape(-1, room)
-        return {"input_ids": np.pad(blocks, [(0, 0), (edges, edges)], constant_values=[(0, 0), (cls or 0, sep or 0)])}
+        blocks = np.pad(blocks, [(0, 0), (edges, edges)], constant_values=[(0, 0), (cls or 0, sep or 0)])
+        return {"input_ids": list(blocks)}
 
-    cache, made = Path(datasets.config.HF_DATASETS_CACHE) / "hdlib_blocks", []
+    made, schema = [], pa.schema({"input_ids": pa.list_(pa.int32())})
     count = None if isinstance(documents[0], IterableDataset) else sum(map(len, documents))
-    with _no_progress_bars(), tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2) as bar:
-        for part in _parts(documents, text_column):
-            name = _digest(part._fingerprint, definition, length, text_column, causal, cls, between, TOGETHER, RECIPE)
-            options = {"input_columns": text_column, "remove_columns": [text_column], "new_fingerprint": name}
-            options |= {"batched": True, "batch_size": TOGETHER, "cache_file_name": str(cache / f"{name}.arrow")}
-            with FileLock(cache / f"{name}.lock"):  # the first of several processes makes them
-                made.append(part.map(pack, **options))
+    with tqdm(total=count, unit="document", desc=f"blocks of {length} tokens", delay=2) as bar:
+        for part in _parts(documents):
+            name = _digest(part._fingerprint, definition, length, column, causal, cls, between, TOGETHER, RECIPE)
+            batches = (pack(batch[column]) for batch in part.iter(TOGETHER))
+            made.append(_stored("hdlib_blocks", name, schema, batches))
             bar.update(len(part))
     if not made and count is None:
         raise ValueError("a part of the corpus is empty: a stream needs more documents than are held out of it")
@@ -392,35 +375,20 @@ def _warn_of_common_documents(train: list, validation: list, column: str) -> Non
     """Look up the first 10,000 held-out documents in the training part, unless one of them is a stream."""
     if any(isinstance(part, IterableDataset) for part in train + validation):
         return
-    wanted, common = pa.array(filter(None, validation[0][:COMPARED][column]), pa.large_string()).unique(), set()
-    for table in chain.from_iterable(part.with_format("arrow").iter(10_000) for part in train):
-        common.update(pc.index_in(table[column].cast(pa.large_string()), wanted).drop_null().unique().to_pylist())
+    wanted = set(filter(None, validation[0][:COMPARED][column]))
+    common = {text for part in train for batch in part.iter(10_000) for text in wanted.intersection(batch[column])}
     if common:
         warnings.warn(
             f"{len(common)} of {len(wanted)} different held-out documents are also in the training part and lower the "
-            f"held-out loss, such as {wanted[min(common)].as_py()[:50]!r}: remove the copies",
+            f"held-out loss, such as {min(common)[:50]!r}: remove the copies",
             stacklevel=3,
         )
 
 
-def _parts(documents: list[Dataset] | list[IterableDataset], text_column: str) -> Iterator[Dataset]:
+def _parts(documents: list[Dataset] | list[IterableDataset]) -> Iterator[Dataset]:
     """The documents in parts that are one file of the cache each."""
     for several in documents:
         if isinstance(several, IterableDataset):
-            for batch in several.iter(PART_OF_STREAM):
-                yield Dataset.from_dict({text_column: batch[text_column]})
+            yield from map(Dataset.from_dict, several.iter(PART_OF_STREAM))
         else:
-            for start in range(0, len(several), PART):
-                yield several.select(range(start, min(start + PART, len(several))))
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hides the bars of `datasets`, one a part."""
-    hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            datasets.enable_progress_bars()
+            yield from (several.skip(start).take(PART) for start in range(0, len(several), PART))

@@ -10,8 +10,8 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,7 +35,7 @@ def text_files(paths: list[Path]) -> dict[Path, bool]:
     found = {}  # by the file that a link points to
     for path in paths:
         root = path.parent if len(paths) > 1 and path.name.lower() in SPLIT_NAMES else path
-        for file in sorted(_shown(path)) if path.is_dir() else [path]:
+        for file in _shown(path, set()) if path.is_dir() else [path]:
             if not os.path.exists(file):
                 target = f": it points to {file.readlink()}" if file.is_symlink() else ""
                 raise FileNotFoundError(f"there is no file or folder {file}{target}")
@@ -57,36 +57,37 @@ def _is_held_out(names: list[str]) -> bool:
     return False
 
 
-def _shown(folder: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders, except hidden ones."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    seen = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        new = os.path.realpath(here) not in seen  # links can form a loop
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if new and not HIDDEN.match(name))
-        yield from (Path(here, name) for name in files if new and not HIDDEN.match(name))
+def _shown(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files in a folder and its subfolders, sorted, without hidden ones; `seen` ends loops of links."""
+    if folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        for path in sorted(path for path in folder.iterdir() if not HIDDEN.match(path.name)):
+            yield from _shown(path, seen) if path.is_dir() else [path]
 
 
 def documents(files: list[Path], column: str) -> Iterator[dict[str, str]]:
     """Yield {column: text} for each document of the files. Raises ValueError that names file, row and column."""
     for file in files:
-        texts = _paragraphs(file) if READERS[extension(file)] == "text" else _column(file, column)
-        yield from ({column: piece} for text in texts for piece in pieces(text) if piece.strip())
+        if READERS[extension(file)] == "text":
+            texts = (piece.rstrip() for lines in _paragraphs(file) for piece in pieces(lines))
+        else:
+            texts = (piece for text in _column(file, column) for piece in pieces([text]))
+        yield from ({column: text} for text in texts if text.strip())
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a text of more than `LONGEST` characters, at an end of a line or else between words."""
-    start = 0
-    while len(text) - start > LONGEST:
-        limits = start + LONGEST // 2, start + LONGEST
-        end = max(text.rfind("\n", *limits), 0) or max(text.rfind(" ", *limits), 0) or limits[1]
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines, and cut a text of more than `LONGEST` characters, at an end of a line or else between words."""
+    held = ""
+    for line in lines:
+        held += line
+        start = 0
+        while len(held) - start > LONGEST:
+            limits = start + LONGEST // 2, start + LONGEST
+            end = max(held.rfind("\n", *limits), 0) or max(held.rfind(" ", *limits), 0) or limits[1]
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    yield held
 
 
 def extension(file: Path) -> str:
@@ -111,50 +112,36 @@ def text_of(row: dict, column: str, where: str) -> str | None:
         if value is None or value.encode() is not None:
             return value
     except (AttributeError, UnicodeEncodeError):  # no string, or half of a surrogate pair
-        kind = type(value).__name__
-        raise ValueError(
-            f"{where}, column {column!r} holds no text but the {kind} {str(value)[:50]!a}: set text_column"
-        ) from None
+        found = f"the {type(value).__name__} {str(value)[:50]!a}"
+        raise ValueError(f"{where}, column {column!r} holds no text but {found}: set text_column") from None
 
 
 def _field(row: object, name: str) -> object:
     """The value of a column, or for "a.b" of the field b of column a; MISSING if there is none."""
-    if not isinstance(row, dict) or name in row:
-        return row[name] if isinstance(row, dict) else MISSING
-    ends = (place for place, character in enumerate(name) if character == "." and name[:place] in row)
-    found = (None if row[name[:end]] is None else _field(row[name[:end]], name[end + 1 :]) for end in ends)
-    return next((value for value in found if value is not MISSING), MISSING)
+    if not isinstance(row, dict):
+        return MISSING
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    return None if outer in row and row[outer] is None else _field(row.get(outer), inner)
+
+
+def _paragraphs(file: Path) -> Iterator[Iterable[str]]:
+    """The lines of each text between blank lines; in a file without a blank line between lines of text, each line."""
+    if next(islice(_between_blank_lines(file), 1, None), None):  # a second text
+        yield from _between_blank_lines(file)
+    else:
+        yield from ([line] for line in _lines(file))
+
+
+def _between_blank_lines(file: Path) -> Iterator[Iterable[str]]:
+    return (lines for blank, lines in groupby(_lines(file), str.isspace) if not blank)
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines, in pieces of at most `LONGEST` characters, all with the line end \\n."""
+    """The lines, all with the line end \\n."""
     with io.TextIOWrapper(opened(file), encoding="utf-8-sig") as stream:
-        yield from iter(lambda: stream.readline(LONGEST), "")
-
-
-def _paragraphs(file: Path) -> Iterator[str]:
-    """The texts between blank lines; in a file without a blank line between lines of text, each line."""
-    each_line, held, starts = not _has_paragraphs(file), "", True
-    for line in _lines(file):
-        blank = not line.strip()
-        if starts and (blank or each_line):
-            yield held.rstrip()
-            held = ""
-        held += "" if starts and blank else line
-        starts = line.endswith("\n")
-        if len(held) > LONGEST:
-            *complete, held = pieces(held)
-            yield from complete
-    yield held.rstrip()
-
-
-def _has_paragraphs(file: Path) -> bool:
-    text, blank_after_text = False, False
-    for line in _lines(file):
-        if line.strip() and blank_after_text:
-            return True
-        text, blank_after_text = text or bool(line.strip()), text and not line.strip()
-    return False
+        yield from stream
 
 
 def _column(file: Path, column: str) -> Iterator[str]:

@@ -27,7 +27,7 @@ from ...text.corpus import SHORTEST
 from ...widths import Widths
 from ..cost import flops, parameters, project
 from ..plots import WIDTHS, plot_schedule
-from .parts import Shown, alert, drawn, duration, number, status, table, wrapped
+from .parts import WRAPPED, Shown, alert, drawn, duration, number, status, table
 from .watch import Watch
 
 QUICKSTART = Path(__file__).parents[3] / "notebooks" / "00_quickstart.ipynb"
@@ -95,7 +95,8 @@ class Chooser(Shown):
         groups = {heading: [self.controls[name] for name in names] for heading, names in GROUPS.items()}
         groups["Shape"] = [self.by, groups["Shape"][0], *self.widths.values(), *groups["Shape"][1:]]
         rows = [[_group(*group) for group in groups.items()], [self.table, self.picture], self.buttons.values()]
-        self.children = [*map(wrapped, rows), self.measured, self.exported, self.status, self.watched]
+        boxes = [widgets.Box([*row], layout=WRAPPED) for row in rows]
+        self.children = [*boxes, self.measured, self.exported, self.status, self.watched]
         self.refresh()
 
     def refresh(self) -> None:

@@ -15,7 +15,7 @@ from matplotlib.backend_bases import MouseEvent
 from ...runs import Run
 from ..plots import PLACES, plot_arms
 from .explore import RECORDED, explore
-from .parts import Shown, alert, drawn, number, table, wrapped
+from .parts import WRAPPED, Shown, alert, drawn, number, table
 
 
 def compare(*runs: Run | str | Path) -> widgets.Widget:
@@ -62,21 +62,20 @@ class Comparison(Shown):
         for control in (self.measure, self.along, self.seeds):
             control.observe(lambda _change: self.show(), "value")
         self.chosen.observe(lambda _change: self._explore(), "value")
-        self.picture.on_click(self.click)
+        self.picture.on_msg(lambda _widget, place, _buffers: self.click(place["x"], 1 - place["y"]))
         settings = widgets.HTML(_settings(arms_of(self.runs)))
-        controls = wrapped([self.measure, self.along, self.seeds, self.chosen])
+        controls = widgets.Box([self.measure, self.along, self.seeds, self.chosen], layout=WRAPPED)
         self.children = [*self.children, settings, controls, self.message, self.picture, self.explored]
         self.show()
 
     def show(self) -> None:
         """Draw the chosen measure."""
         measure, along = self.measure.value, self.along.value
-        arms = arms_of(self.runs) if self.seeds.value else {name: {name: run} for name, run in self.runs.items()}
         columns = {name: {"step", *run.metrics.dropna(axis="columns", how="all")} for name, run in self.runs.items()}
         lacking = [name for name in self.runs if {measure, along} - columns[name]]
         self.message.value = alert(f"Not recorded in: {', '.join(lacking)}") if lacking else ""
-        able = {arm: {name: each[name] for name in each if name not in lacking} for arm, each in arms.items()}
-        self.arms = {arm: each for arm, each in able.items() if each}
+        able = {name: run for name, run in self.runs.items() if name not in lacking}
+        self.arms = arms_of(able) if self.seeds.value else {name: {name: run} for name, run in able.items()}
         figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
         plt.close(figure)
         plot_arms({arm: list(each.values()) for arm, each in self.arms.items()}, measure, along, axes)
@@ -86,7 +85,7 @@ class Comparison(Shown):
         self.picture.show(self._canvas, self.alt)
 
     def click(self, x: float, y: float) -> None:
-        """Open the run whose curve is nearest to a position, in fractions of the figure."""
+        """Open the run whose curve is nearest to a position, in fractions of the figure from its lower left corner."""
         width, height = self._canvas.get_width_height()
         position = MouseEvent("button_press_event", self._canvas, x * width, y * height)
         for near in range(2, 40, 2):  # dots; a click further from every curve opens nothing

@@ -87,7 +87,7 @@ class Guesser(widgets.VBox):
         look = {"tooltip": "Compute the guesses of teacher and student", "disabled": not self.students}
         self.button = widgets.Button(description="Guess", **look)
         self.answer = widgets.HTML("" if self.students else alert("No guesses: no student has been saved yet."))
-        self._step, self._guessed, self._load = None, False, cache(load_teacher)
+        self._step, self._load = None, cache(load_teacher)
         self.sentence.observe(lambda _change: self.guess(), "value")
         self.button.on_click(lambda _button: self.guess())
         super().__init__([widgets.HBox([self.sentence, self.button]), self.answer])
@@ -97,13 +97,12 @@ class Guesser(widgets.VBox):
         nearest = min(self.students, key=lambda saved: abs(saved - step), default=None)
         if nearest != self._step:
             self._step = nearest
-            if self._guessed:
+            if self.answer.value:
                 self.guess()
 
     def guess(self) -> None:
         """Show the guesses for every gap of the sentence, best first. Does nothing without a saved student."""
         if self.students:
-            self._guessed = True
             try:
                 self.answer.value = self._answer()
             except (OSError, ValueError) as error:

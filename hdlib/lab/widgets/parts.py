@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from io import BytesIO
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 ALERT = "border-left: 4px solid #E69F00; padding: 2px 8px; margin: 2px 0; line-height: 1.4"
 CELL = "padding: 1px 8px; text-align: right; vertical-align: bottom; line-height: 1.3; font-weight: normal"
+WRAPPED = {"flex_flow": "row wrap"}  # layout of a Box: several rows where the page is narrow
 SHOW = """
 function render({ model, el }) {
   const image = document.createElement("img");
@@ -56,20 +57,11 @@ class Picture(anywidget.AnyWidget):
         with self.hold_sync():  # picture and text arrive together
             self.png, self.alt = file.getvalue(), alt
 
-    def on_click(self, call: Callable[[float, float], None]) -> None:
-        """Call with the position of every click, in fractions of the figure from its lower left corner."""
-        self.on_msg(lambda _widget, place, _buffers: call(place["x"], 1 - place["y"]))
-
 
 class Shown(widgets.VBox):
     """Widgets below each other, with a static fallback where no front end shows widgets.
 
-    Args:
-        problems: messages at the top.
-
-    Attributes:
-        alt: the text of the fallback.
-        picture: a Picture, whose PNG is the image of the fallback.
+    `problems` are messages at the top. The fallback is the text `alt` and the PNG of `picture`.
     """
 
     def __init__(self, problems: Sequence[str] = ()):
@@ -87,11 +79,6 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return canvas
-
-
-def wrapped(children: Sequence[widgets.Widget]) -> widgets.Box:
-    """Widgets beside each other, in several rows where the page is narrow."""
-    return widgets.Box([*children], layout={"flex_flow": "row wrap"})
 
 
 def alert(text: str) -> str:
@@ -121,10 +108,7 @@ def duration(seconds: float) -> str:
 def table(rows: pd.DataFrame, caption: str = "", bars: pd.DataFrame | None = None) -> str:
     """A table as HTML, its row and column headings marked for screen readers.
 
-    Args:
-        rows: texts, or numbers that `number` formats.
-        caption: text above the table.
-        bars: the shaded fraction of each cell, in [0, 1], in the shape of `rows`.
+    `rows` are texts, or numbers that `number` formats; `bars`, in the same shape, is the shaded fraction of each cell.
     """
     bars = pd.DataFrame(0.0, rows.index, rows.columns) if bars is None else bars
     head, body = "".join(_heading("col", name) for name in ("", *rows.columns)), ""
