@@ -1,7 +1,5 @@
 """Held-out measures of how far a student is from its teacher."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

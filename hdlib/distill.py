@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
-from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -79,7 +78,7 @@ def distill(
     train, validation = as_blocks(train), as_blocks(validation)
     target = config.check(teacher, tokenizer, train, validation, accelerator.num_processes)
     arguments = _arguments(config, teacher, train, validation, accelerator.device)
-    with _opened(accelerator, expanduser(run_dir), arguments, resume) as run, memory_guard(run):
+    with _opened(accelerator, run_dir, arguments, resume) as run, memory_guard(run):
         if run.finished:
             return run
         teacher = frozen_copy(teacher, accelerator.device)

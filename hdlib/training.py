@@ -1,11 +1,9 @@
 """All state that changes during training, and the operations of one step on it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from accelerate import PartialState
@@ -57,7 +55,7 @@ class Training:
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
 
     @classmethod
-    def begin(cls, teacher, target: Widths, held_out: Blocks, config: DistillConfig, resumed: Run | None) -> Training:
+    def begin(cls, teacher, target: Widths, held_out: Blocks, config: DistillConfig, resumed: Run | None) -> Self:
         """The state at step 0, or that of the newest intact checkpoint of a run."""
         for folder in reversed(resumed.checkpoints() if resumed else []):
             try:
