@@ -129,8 +129,8 @@ class DistillConfig:
         if len(train) < self.batch_size:
             fewer = f"{len(train)} blocks, fewer than one batch of {self.batch_size}"
             raise ValueError(f"the corpus has {fewer}: lower batch_size or the length of the blocks, or pass more text")
-        if "attention_mask" in train.column_names:
-            raise ValueError("training ignores attention_mask: pass blocks packed without padding, as by load_corpus")
+        if "attention_mask" in [*train.column_names, *validation.column_names]:
+            raise ValueError("a run ignores attention_mask: pass blocks packed without padding, as by load_corpus")
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
         first = validation[0]
         if causal != bool((first["labels"][:-1] == first["input_ids"][1:]).all()):
