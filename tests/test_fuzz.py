@@ -47,6 +47,8 @@ GOOD = {
     "masked": [True, False],
     "recover": [True, False],
     "scope": ["local", "global"],
+    "rotate": [True, False],
+    "compensate": [True, False],
     **{name: [0.0, 0.5, 1, 1e3] for name in ("mlm", "prediction", "hidden", "attention", "embedding")},
     "temperature": [0.5, 2.0],
     "attention_target": ["scores", "probs"],
