@@ -60,7 +60,7 @@ class DistillConfig:
 
     # Optimisation
     learning_rate: float = option(6e-4, "peak learning rate of Adam")
-    warmup: float = option(0.1, "fraction of the steps in which the learning rate rises")
+    warmup: float = option(0.1, "fraction of the steps in which the learning rate rises; the first prunes fall into it")
     weight_decay: float = option(0.01, "weight decay, not on biases, norms and projections", least=0)
     betas: tuple[float, float] = option((0.9, 0.999), "betas of Adam")
     eps: float = option(1e-6, "epsilon of Adam")

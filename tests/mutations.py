@@ -1,0 +1,215 @@
+"""Break the method one line at a time and report what the default tests notice: `python tests/mutations.py [PART ...]`.
+
+Each mutation runs the test files that are nearest to its file, from the default set, until the first failure. A
+survivor is a missing test, or a change without effect. PART selects files whose names contain it. About a minute each.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEAREST = {
+    "config": "schedules loop bad_input",
+    "checkpoints": "faults loop",
+    "data": "data loop",
+    "discrepancy": "discrepancy study",
+    "distill": "loop faults bad_input study",
+    "families": "widths invariants",
+    "losses": "losses loop",
+    "masks": "masking",
+    "models": "losses causal teachers",
+    "narrowing": "widths scorers invariants robustness",
+    "precision": "precision invariants",
+    "reconstruction": "reconstruction",
+    "rotation": "reconstruction",
+    "runs": "neurons loop faults",
+    "schedules": "schedules",
+    "scorers": "scorers loop",
+    "training": "loop masking reconstruction",
+    "widths": "widths loop",
+}
+MUTATIONS = [
+    ("schedules", "1 - _progress(step, start, end)) ** 3", "1 - _progress(step, start, end)) ** 2"),
+    ("schedules", "return 1.0 if step < start else final", "return 1.0 if step <= start else final"),
+    ("schedules", "min(max((step - start)", "min(max((step - start + 1)"),
+    ("losses", ".mul_(temperature / count)", ".mul_(1 / count)"),
+    ("losses", "total * (temperature**2 / count)", "total * (temperature / count)"),
+    (
+        "losses",
+        "gradient[rows] = difference.mul_(2 / student.numel())",
+        "gradient[rows] = difference.mul_(1 / student.numel())",
+    ),
+    ("losses", "probabilities.mul_(labelled[rows, None]).div_(count)", "probabilities.div_(count)"),
+    ("losses", "torch.full_like(label, -1, dtype", "torch.full_like(label, 1, dtype"),
+    ("losses", "factor = gradient_of_loss * 2 * context", "factor = gradient_of_loss * context"),
+    ("losses", "gradients[1][rows] = difference.mT @ student_query", "gradients[1][rows] = difference @ student_query"),
+    ("losses", "difference.square().sum() / pairs.expand_as(student).sum()", "difference.square().mean()"),
+    (
+        "losses",
+        "real[:, None, :, None] & real[:, None, None, :]",
+        "real[:, None, None, :].expand(-1, 1, real.shape[1], -1)",
+    ),
+    ("losses", "return states * diagonal + states @", "return states + states @"),
+    ("losses", "self.heads = self.heads.gather(1,", "self.heads = heads.gather(1,"),
+    ("losses", "len(labels) / share", "len(labels)"),
+    ("losses", 'terms["hidden"] = share * sum(', 'terms["hidden"] = sum('),
+    ("losses", "attended is None else real & attended", "attended is None else real"),
+    ("scorers", "return (parameter * gradient).abs_()", "return parameter * gradient"),
+    ("scorers", "torch.lerp(new, past, self.smoothing)", "torch.lerp(past, new, self.smoothing)"),
+    ("scorers", "-crossing.flatten(0, -2).sum(0) if crossing.dim() > 1 else -crossing", "0 * crossing"),
+    (
+        "scorers",
+        "uncertain.lerp_((now - smoothed).abs_(), 1 - self.uncertainty)",
+        "uncertain.lerp_((now - smoothed).abs_(), self.uncertainty)",
+    ),
+    ("scorers", "return -(parameter * gradient)", "return parameter * gradient"),
+    ("scorers", "return {name: score - lowest for", "return {name: score for"),
+    ("scorers", "return parameter.abs()", "return parameter.square()"),
+    (
+        "narrowing",
+        "return scores.sort(descending=True, stable=True).indices[:count].sort().values",
+        "return scores.sort(descending=True, stable=True).indices[:count]",
+    ),
+    ("narrowing", "scale = math.sqrt(new.head_dim / old.head_dim)", "scale = math.sqrt(old.head_dim / new.head_dim)"),
+    (
+        "narrowing",
+        "return tensor if factor is None else tensor / factor**power",
+        "return tensor if factor is None else tensor / factor",
+    ),
+    ("narrowing", "new.grad = _divided(take(old.grad), factor, 1)", "new.grad = take(old.grad)"),
+    (
+        "narrowing",
+        "inside = inside[:, : narrow.head_dim].sort(dim=1).values",
+        "inside = inside[:, -narrow.head_dim :].sort(dim=1).values",
+    ),
+    (
+        "narrowing",
+        "state = optimizer.state[new] = optimizer.state.pop(old)",
+        "state = optimizer.state[new] = dict(optimizer.state[old])",
+    ),
+    ("masks", "parameter.grad.index_fill_(axis, indices, 0.0)", "parameter.grad.index_fill_(axis, indices[:-1], 0.0)"),
+    ("masks", "wide = Widths.of(self.model) if self.recover else self.widths", "wide = self.widths"),
+    ("masks", "score[score.argmax()] += torch.finfo(torch.float64).max / 2", "score[score.argmax()] += 0.0"),
+    (
+        "masks",
+        "variance = (counted - mean).square().mean(-1, keepdim=True)",
+        "variance = (inputs[0] - mean).square().mean(-1, keepdim=True)",
+    ),
+    ("masks", "output / ratios.pop()", "output"),
+    ("masks", "weights.index_copy_(axis, indices, values)", "weights.index_copy_(axis, indices, 0 * values)"),
+    ("masks", "yield projection, 0, hidden.to(projection.device)", "yield projection, 1, hidden.to(projection.device)"),
+    ("data", "(fate < 0.9)), random_ids)", "(fate < 0.8)), random_ids)"),
+    ("data", "masked_fill(special, 2.0)", "masked_fill(special, 0.5)"),
+    ("data", "own = slice(self.rank, None, self.processes)", "own = slice(0, None, self.processes)"),
+    ("data", "self.seed * 1_000_003 + epoch", "self.seed * 1_000_003"),
+    (
+        "data",
+        "torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)",
+        "torch.cat([input_ids[:, 1:], input_ids[:, :1]], 1)",
+    ),
+    (
+        "data",
+        "yield input_ids.to(device), labels.to(device), len(input_ids) / blocks",
+        "yield input_ids.to(device), labels.to(device), 1.0",
+    ),
+    (
+        "data",
+        "generator=torch.Generator().manual_seed(seed))[:count].sort()",
+        "generator=torch.Generator().manual_seed(seed)).sort().values[:count].sort()",
+    ),
+    (
+        "losses",
+        "(log_teacher.exp() * (log_teacher - log_student)).sum(-1)",
+        "(log_student.exp() * (log_student - log_teacher)).sum(-1)",
+    ),
+    ("discrepancy", "self.measured, 1 - read % 2", "self.measured, read % 2"),
+    ("discrepancy", "(blocks * variance).sqrt() / count", "variance.sqrt() / count"),
+    (
+        "discrepancy",
+        "student.train(modes[0]), teacher.train(modes[1])",
+        "student.train(modes[1]), teacher.train(modes[0])",
+    ),
+    ("discrepancy", "sums[name] += float(mean) * count", "sums[name] += float(mean)"),
+    ("training", 'parameter.grad = reduce(parameter.grad, "sum")', 'parameter.grad = reduce(parameter.grad, "mean")'),
+    ("training", "share=fraction / processes", "share=fraction"),
+    ("training", "decayed = [parameter for parameter in parameters if parameter.dim() > 1]", "decayed = parameters"),
+    ("training", "self.importance.narrow(kept)", "pass"),
+    ("training", "self._started += perf_counter() - started", "pass"),
+    ("training", "before[kept[name].cpu()] for name, before", "kept[name].cpu() for name, before"),
+    (
+        "distill",
+        'terms["gradient_norm"] = clip_grad_norm_(training.parameters, config.max_grad_norm)',
+        'terms["gradient_norm"] = clip_grad_norm_(training.parameters, 1e9)',
+    ),
+    ("distill", "optimizer.zero_grad()", "pass"),
+    ("distill", "if config.still_prunes(step):", "if config.still_prunes(step) and step > 1:"),
+    ("distill", "run.rewind(training.step or -1)", "pass"),
+    ("config", "step -= step % self.prune_every", "step -= (step + 1) % self.prune_every"),
+    ("config", "return step <= self._pruning_steps()[1]", "return step < self._pruning_steps()[1]"),
+    (
+        "config",
+        "start <= step <= end and (step % self.prune_every == 0 or step == end)",
+        "start <= step <= end and step % self.prune_every == 0",
+    ),
+    ("runs", 'for name in ("metrics.jsonl", "blocks.jsonl"):', 'for name in ("metrics.jsonl",):'),
+    ("runs", "torch.full((sizes[name],), torch.nan)", "torch.zeros(sizes[name])"),
+    ("checkpoints", "if found.get(name) != written:", "if name not in found:"),
+    ("checkpoints", "os.replace(temporary, folder)", "shutil.copytree(temporary, folder)"),
+    ("precision", "return nn.functional.linear(*halves)", "return nn.functional.linear(*halves) * 1.01"),
+    ("precision", "rows.sum(0).to(weight.dtype) if context", "rows.mean(0).to(weight.dtype) if context"),
+    (
+        "widths",
+        "now[name] = min(wide[name], _rounded_up(now[name], grain))",
+        "now[name] = min(wide[name], now[name] // grain * grain)",
+    ),
+    (
+        "models",
+        "key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)",
+        "key = key.repeat(1, query.shape[1] // key.shape[1], 1, 1)",
+    ),
+    (
+        "models",
+        "scaling = query.shape[-1] ** -0.5 if scaling is None else scaling",
+        "scaling = query.shape[-1] ** -0.5",
+    ),
+    ("reconstruction", "bias += (constant @ lost).to(bias)", "bias += 0.5 * (constant @ lost).to(bias)"),
+    ("reconstruction", "read[of_head[0]] = read[LAST]", "pass"),
+    ("reconstruction", "deviation = deviation - second.mean()", "pass"),
+    ("rotation", "of_key = values / scale *", "of_key = scale *"),
+]
+
+
+def survives(name: str, old: str, new: str, tree: Path) -> bool:
+    path = tree / "hdlib" / f"{name}.py"
+    text = path.read_text()
+    assert text.count(old) == 1, f"{name}: {text.count(old)} times {old!r}"
+    path.write_text(text.replace(old, new))
+    try:
+        for test in NEAREST[name].split():
+            command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", f"tests/test_{test}.py"]
+            if subprocess.run(command, cwd=tree, capture_output=True).returncode:
+                return False
+        return True
+    finally:
+        path.write_text(text)
+
+
+def main() -> None:
+    chosen = [each for each in MUTATIONS if not sys.argv[1:] or any(part in each[0] for part in sys.argv[1:])]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "__pycache__", "figures")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        for number, (name, old, new) in enumerate(chosen, 1):
+            alive = survives(name, old, new, tree)
+            survivors += [f"{name}: {old} -> {new}"] if alive else []
+            print(f"{number}/{len(chosen)} {name}: {'SURVIVED' if alive else 'noticed'}: {old}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} noticed", *survivors, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
