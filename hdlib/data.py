@@ -4,10 +4,9 @@ The batch of step t is a pure function of (seed, t): a resumed run reads the sam
 N processes divide the batch of one process among them. `corpus` makes the blocks from text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ class Masking:
     probability: float = 0.15
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> Masking:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> Self:
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids), probability)
 
     def __call__(self, input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

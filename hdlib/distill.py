@@ -174,7 +174,10 @@ class _Reporter:
         before = pruned.measured if pruned else None
         due = before or training.step % config.eval_every == 0 or training.step == config.steps
         after = training.discrepancy() if due else None
-        measured = self.finite(_named("held_out", after)) | _named("before_prune", before)
+        parts = {"held_out": after or {}, "before_prune": before or {}}
+        measured = self.finite(
+            {f"{part}_{name}": value for part, each in parts.items() for name, value in each.items()}
+        )
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds} | values
         record |= {"learning_rate": training.learning_rate.get_last_lr()[0]} if values else {}
         record |= {"hidden_size": widths.hidden, "intermediate_size": widths.ffn, "head_dim": widths.head_dim}
@@ -234,10 +237,6 @@ def _check_launcher(accelerator: Accelerator, config: DistillConfig) -> None:
             )
 
 
-def _named(prefix: str, measured: dict[str, float] | None) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in (measured or {}).items()}
-
-
 @contextmanager
 def _opened(accelerator: Accelerator, run_dir: str, arguments: dict, resume: bool) -> Iterator[Run]:
     """The folder of the run, new or resumed, locked for this run until it ends. A finished run is only read."""
@@ -262,8 +261,8 @@ def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validatio
     content = {"teacher": _digest(teacher.parameters())}
     for part, every in (("train", train), ("validation", validation)):
         content[part] = _digest([every[list(range(0, len(every), 1 + len(every) // 256))]["input_ids"]])
-    described = {"config": config.to_dict(), "blocks": blocks, "content": content}
-    return described | {"teacher": name, "precision": precision}
+    parts = {"config": config.to_dict(), "blocks": blocks, "content": content}
+    return parts | {"teacher": name, "precision": precision}
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:

@@ -143,9 +143,8 @@ class Run:
         """KL(teacher || student), nats: a DataFrame of one row per measured step, one column per held-out block."""
         import pandas as pd
 
-        records = self.records("blocks.jsonl")
-        steps = pd.Index([record["step"] for record in records], name="step")
-        return pd.DataFrame([record["kl"] for record in records], index=steps, dtype=float)
+        steps = {record["step"]: record["kl"] for record in self.records("blocks.jsonl")}
+        return pd.DataFrame(steps, dtype=float).T.rename_axis("step")
 
     def _lines(self, name: str) -> bytes:
         """The complete lines of a file; the last one is incomplete after a kill."""
