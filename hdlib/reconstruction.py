@@ -29,8 +29,8 @@ from .widths import Axis, Block, axes_of, family, width_groups
 
 WINDOW = 8  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
-RIDGE_OF_FEW = 1e-2  # for moments of few tokens
-ENOUGH = 10  # tokens for each neuron
+RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
+ENOUGH = 50  # tokens for each neuron: fewer are often alike, and an exact fit of them does not carry over
 STATES = "hidden_states."  # followed by a layer: what a projection of the loss reads
 LAST = f"{STATES}last"  # what the head reads
 

@@ -24,14 +24,14 @@ from test_loop import ARGUMENTS, weights
 SOME = ("bert", "deberta-v2", "gpt2", "albert")
 
 
-def rows(count: int = 40, length: int = 16, vocabulary: int = 60) -> torch.Tensor:
+def rows(count: int = 200, length: int = 16, vocabulary: int = 60) -> torch.Tensor:
     return torch.randint(5, vocabulary, (count, length), generator=torch.Generator().manual_seed(7))
 
 
 def observed(model, loss=None) -> Compensation:
     compensation = Compensation()
     with torch.no_grad(), compensation.recording(model):
-        forward(model, rows(), torch.ones(40, 16, dtype=torch.bool))
+        forward(model, rows(), torch.ones(200, 16, dtype=torch.bool))
     return compensation
 
 
@@ -176,7 +176,7 @@ def test_a_compensated_prune_is_nearer_to_the_model_before(kind):
     sliced, sliced_loss = student_of(model), copy.deepcopy(loss)
     compensation.apply(folded := student_of(model), loss, kept)
     errors = {}
-    labels = torch.where(torch.rand(40, 16, generator=torch.Generator().manual_seed(0)) < 0.3, rows(), -100)
+    labels = torch.where(torch.rand(200, 16, generator=torch.Generator().manual_seed(0)) < 0.3, rows(), -100)
     for name, student, its_loss in (("sliced", sliced, sliced_loss), ("folded", folded, loss)):
         its_loss.narrow(hdlib.narrow(student, widths, scores))
         assert Widths.of(student) == widths
