@@ -30,6 +30,13 @@ def distilled(teacher, tokenizer, blocks, folder, **changes) -> Run:
     return hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS | changes), folder)
 
 
+def test_a_run_with_too_few_tokens_for_a_fit_has_its_other_numbers(teacher, tokenizer, blocks, tmp_path):
+    run = distilled(teacher, tokenizer, blocks, tmp_path, steps=2, eval_blocks=2)
+    (row,) = hdlib.lab.final_table({"arm": [run]}).to_dict("records")
+    assert np.isnan(row["hidden"]) and row["kl"] > 0
+    hdlib.lab.plot_run(run)
+
+
 def test_a_random_student_has_the_target_shape_and_no_weights_of_the_teacher(teacher, tokenizer, blocks, tmp_path):
     run = distilled(teacher, tokenizer, blocks, tmp_path / "a", steps=6, initial="random", **STILL)
     again = distilled(teacher, tokenizer, blocks, tmp_path / "b", steps=6, initial="random", **STILL)

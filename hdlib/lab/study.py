@@ -127,9 +127,10 @@ def pick(arms: Mapping[str, dict], names: Iterable[str]) -> dict[str, dict]:
 def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
     """The final numbers of each run, a row a run.
 
-    Columns: arm, seed; at the last step, held out: kl (nats), agreement, mlm (nats), accuracy, hidden, teacher_mlm;
-    highest_kl over the run; seconds of training; steps, learning_rate, hidden_size, intermediate_size. If there is a
-    stock student: encoder_parameters, encoder_gflops (one forward of 128 tokens, or of as many as it has positions).
+    Columns: arm, seed; at the last step, held out: kl (nats), agreement, mlm (nats), accuracy, hidden (nan if there
+    were too few tokens), teacher_mlm; highest_kl over the run; seconds of training; steps, learning_rate, hidden_size,
+    intermediate_size. If there is a stock student: encoder_parameters, encoder_gflops (one forward of 128 tokens, or of
+    as many as it has positions).
     """
     return pd.DataFrame([{"arm": arm} | _final(run) for arm, each in runs.items() for run in each])
 
@@ -137,7 +138,7 @@ def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
 def _final(run: Run) -> dict:
     metrics, config = run.metrics, run.config
     last = metrics.dropna(subset=["held_out_kl"]).iloc[-1]
-    row = {"seed": config.seed} | {name: float(last[f"held_out_{name}"]) for name in MEASURES}
+    row = {"seed": config.seed} | {name: float(last.get(f"held_out_{name}", np.nan)) for name in MEASURES}
     row |= {"highest_kl": float(metrics["held_out_kl"].max()), "seconds": float(metrics["elapsed"].iloc[-1])}
     row |= {"steps": config.steps, "learning_rate": config.learning_rate}
     row |= {name: int(last[name]) for name in ("hidden_size", "intermediate_size")}
