@@ -1,10 +1,10 @@
-"""What a prune removes, expressed by what it keeps: rotation of heads, least-squares fold, refit of norms.
+"""What a prune removes, expressed by what it keeps: least-squares fold and refit of norms.
 
 A layer that reads x = (x_K, x_P), kept and removed neurons, can read x_P ~ A x_K + c instead: W_K += W_P A and
 b += W_P c. A and c are a ridge regression on moments of x, which come from the training batches. The student stays a
 dense stock model. Sources: He et al., ICCV 2017, for channels; Kurtic et al., 2023 (ZipLM, arXiv 2302.04089).
 
-Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among them, H heads, E dimensions of a head.
+Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among them.
 """
 
 from __future__ import annotations
@@ -264,12 +264,11 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     with_targets = inverse[:, None] * (covariance[kept] @ targets.T)  # of n_j and target i
     of_n = (mean[kept] - shift) * inverse
     second = products[kept][:, kept] * torch.outer(inverse, inverse) if not shifted else own + torch.outer(of_n, of_n)
-    deviation, across = second.diagonal().mean(), torch.zeros_like(of_n)
+    deviation = second.diagonal().mean()
     if layer_norm:  # the mean over neurons is subtracted
         deviation = deviation - second.mean()
         of_n = of_n - of_n.mean()
-        across = own.mean(1)
-        own_of = own.diagonal() - 2 * across + own.mean()
+        own_of = own.diagonal() - 2 * own.mean(1) + own.mean()
         with_own = with_targets.diagonal() - with_targets.mean(0)
     else:
         own_of, with_own = own.diagonal(), with_targets.diagonal()

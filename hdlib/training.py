@@ -115,8 +115,7 @@ class Training:
 
     def _recording(self) -> AbstractContextManager:
         """Moments for the compensation of a prune that is due within a few steps."""
-        soon = self.config.widths_at(self.step + WINDOW, self.teacher, self.target)
-        due = self.compensation is not None and soon != self.widths
+        due = self.compensation and self.config.widths_at(self.step + WINDOW, self.teacher, self.target) != self.widths
         return self.compensation.recording(self.student) if due else nullcontext()
 
     def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
