@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .data import batches
 from .losses import IGNORED, attention_divergence, divergences, mlm_loss, select_heads
 from .models import forward
+from .precision import doubled
 from .widths import Widths
 
 TOKENS_PER_NEURON = 4  # a linear fit on fewer tokens would describe these tokens, not the states
@@ -93,7 +94,7 @@ def discrepancy(
 def _sums_of_blocks(of_tokens: Tensor, loss_positions: Tensor) -> Tensor:
     """The sum of (N,) values at the loss positions (B, S) and their number, for each block: (B, 2), float64, on CPU."""
     counts = loss_positions.sum(1).tolist()
-    return torch.tensor([[part.sum(), len(part)] for part in _double(of_tokens.cpu()).split(counts)], dtype=float)
+    return torch.tensor([[part.sum(), len(part)] for part in of_tokens.cpu().double().split(counts)], dtype=float)
 
 
 def _mean_of_blocks(of_blocks: Tensor) -> tuple[dict[str, float], Tensor]:
@@ -160,13 +161,8 @@ class _Moments:
         self.tokens = 0
 
     def add(self, states: Tensor, targets: Tensor) -> None:
-        states, targets = _double(states), _double(targets)  # (N, Ds), (N, Dt)
+        states, targets = doubled(states), doubled(targets)  # (N, Ds), (N, Dt)
         self.inner = self.inner + states.T @ states
         self.cross = self.cross + states.T @ targets
         self.squares = self.squares + targets.square().sum()
         self.tokens += len(states)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """float64, on the CPU for an Apple device, which has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

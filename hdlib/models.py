@@ -330,7 +330,7 @@ def _attend_and_record(module, query, key, value, attention_mask, scaling=None, 
         query, key, value = (at_least_float32(each) for each in (query, key, value))
     if torch.is_grad_enabled():  # SDPA's backward stores these; without gradients the smaller ones are recorded
         recorded = query, key
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast("cpu", enabled=False):  # elsewhere it casts rotated queries and keys to the values' dtype
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key = recorded
     if key.shape[1] != query.shape[1]:  # grouped-query attention: repeat the key heads

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+NO_FLOAT64 = {"mps"}  # types of devices without it: Apple's
 MINIMUM_GAIN = 1.2  # of bfloat16 over float32; below it, casts cost more time than they save
 
 
@@ -18,6 +19,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bfloat16" if bfloat16_gain(device) >= MINIMUM_GAIN else "float32"
     return precision
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """float64, on the CPU for a device that has none."""
+    return (tensor.cpu() if tensor.device.type in NO_FLOAT64 else tensor).double()
 
 
 @cache

@@ -25,6 +25,7 @@ from .families import HIDDEN
 from .losses import DistillationLoss
 from .models import base_model
 from .narrowing import kept_indices, sites_of
+from .precision import doubled
 from .widths import Axis, Block, axes_of, family, width_groups
 
 WINDOW = 8  # steps before a prune whose batches give moments
@@ -45,7 +46,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, states: Tensor) -> Moments:
         """Of states (N, D)."""
-        return cls(states.new_tensor(float(len(states))), states.sum(0), states.T @ states)
+        return cls(states.new_full((), len(states)), states.sum(0), states.T @ states)
 
     def of_neurons(self, indices: Tensor) -> Moments:
         indices = indices.to(self.total.device)
@@ -57,8 +58,8 @@ class Moments(NamedTuple):
         return Moments(*(reduce(each.clone(), "sum") for each in self))
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """The means of x (D,) and of x x' (D, D), float64, on the CPU for an Apple device, which has none."""
-        tokens, total, products = ((each.cpu() if each.device.type == "mps" else each).double() for each in self)
+        """The means of x (D,) and of x x' (D, D), float64, on the CPU for a device that has none."""
+        tokens, total, products = map(doubled, self)
         return total / tokens, products / tokens
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .families import VALUE
 from .models import forward
+from .precision import doubled
 from .reconstruction import input_axis
 from .widths import QUERY_KEY, Block, Widths, axes_of
 
@@ -86,7 +87,7 @@ def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: in
     read: dict[tuple[str, str], list[Tensor]] = {}
 
     def add(group: str, role: str, states: Tensor) -> None:
-        states = states.flatten(0, -2).unflatten(-1, (heads, -1)).transpose(0, 1).double()  # (H, N, E)
+        states = doubled(states.flatten(0, -2).unflatten(-1, (heads, -1)).transpose(0, 1))  # (H, N, E)
         sums = [torch.tensor(float(states.shape[1])), states.sum(1), states.mT @ states]
         past = read.get((group, role), [0.0, 0.0, 0.0])
         read[group, role] = [before + now for before, now in zip(past, sums, strict=True)]

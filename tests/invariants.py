@@ -1,8 +1,8 @@
 """Eight invariants of the library, one function each; they raise AssertionError.
 
 `test_invariants.py` runs them on many models. `test_teeth.py` checks that each fails when the library is broken. The
-last two concern whole runs, which `test_loop.py` tests; here they are tested on one training step around a prune,
-which is cheap enough for every family and shape.
+last two concern whole runs, which `test_loop.py` tests; here the loop's own state makes one training step before a
+prune and one after it, which is cheap enough for every family and shape.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 import hdlib
-from hdlib import DistillationLoss, Widths
-from hdlib.models import forward, student_of
+from hdlib import DistillationLoss, DistillConfig, Widths
+from hdlib.data import TrainingBatches
+from hdlib.lab.cost import placeholder_tokenizer
+from hdlib.models import forward
 from hdlib.precision import cast_once, recompute_casts
+from hdlib.training import Training
 
+from models import VOCABULARY
 from reference import Doubles, zeroed
 
 
@@ -76,7 +82,7 @@ def identity(teacher: PreTrainedModel, batch) -> None:
     """1. A student at ratio 1 has exactly its teacher's logits; every distillation term and its gradient is 0."""
     input_ids, labels = batch
     for precision in ("float32", "bfloat16"):
-        student, loss = student_of(teacher), loss_for(teacher, mlm=0.0)
+        student, loss = hdlib.models.student_of(teacher), loss_for(teacher, mlm=0.0)
         hdlib.narrow(student, Widths.at(student, 1.0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), recompute_casts(student):
             with torch.no_grad():
@@ -113,7 +119,7 @@ def mask_equals_narrow(teacher: PreTrainedModel, widths: Widths, batch, toleranc
 
 def stock(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
     """3. The saved student is a stock checkpoint: same logits, the parameter count of its config, ties kept."""
-    student = student_of(teacher)
+    student = hdlib.models.student_of(teacher)
     hdlib.narrow(student, widths, sensitivities(teacher, batch))
     opens_stock(student, teacher, batch, folder)
 
@@ -134,7 +140,7 @@ def opens_stock(student: PreTrainedModel, teacher: PreTrainedModel, batch, folde
 
 def asked_is_got(teacher: PreTrainedModel, widths: Widths, batch) -> None:
     """4. The given widths are those of the config, of every weight and of the outputs."""
-    student = student_of(teacher)
+    student = hdlib.models.student_of(teacher)
     kept = hdlib.narrow(student, widths, sensitivities(teacher, batch))
     assert Widths.of(student) == widths
     inside, shared_by = widths.heads * widths.head_dim, _query_heads_to_a_key(student)
@@ -162,7 +168,7 @@ def _query_heads_to_a_key(model: PreTrainedModel) -> int:
 
 def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_each=lambda student: None) -> None:
     """5. After each prune every parameter is in the optimiser once, with its moments, and changes at the next step."""
-    student = student_of(teacher)
+    student = hdlib.models.student_of(teacher)
     loss = loss_for(teacher)
     optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=1e-3, weight_decay=0.0)
     for widths in shapes:
@@ -252,60 +258,79 @@ def _scale_neuron(model, group, neuron, weights, signs, epsilon) -> None:
 
 
 def resume(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
-    """7. Saving after a prune and loading again changes nothing: the next step gives the same weights and scores."""
-    student, loss, scorer = student_of(teacher), loss_for(teacher), hdlib.scorer("sensitivity")
-    optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=1e-3)
-    _train(student, teacher, batch, loss, scorer, optimizer)
-    kept = hdlib.narrow(student, widths, scorer.scores(), optimizer)
-    loss.narrow(kept, optimizer)
-    scorer.narrow(kept)
-    student.save_pretrained(folder / "checkpoint")
-    parts = {"loss": loss, "scorer": scorer, "optimizer": optimizer}
-    torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "checkpoint" / "state.pt")
-
-    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
-    loaded = type(teacher).from_pretrained(folder / "checkpoint").requires_grad_(True).eval()
-    loaded_loss, loaded_scorer = loss_for(teacher, student_hidden_size=widths.hidden), hdlib.scorer("sensitivity")
-    loaded_loss.heads = loaded_loss.heads[:, : widths.heads]
-    loaded_loss.load_state_dict(state["loss"])
-    loaded_scorer.load_state_dict(state["scorer"])
-    loaded_optimizer = torch.optim.AdamW([*loaded.parameters(), *loaded_loss.parameters()], lr=1e-3)
-    loaded_optimizer.load_state_dict(state["optimizer"])
-    _train(student, teacher, batch, loss, scorer, optimizer)
-    _train(loaded, teacher, batch, loaded_loss, loaded_scorer, loaded_optimizer)
-    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), loaded.parameters(), strict=True))
-    assert all(torch.equal(score, loaded_scorer.scores()[name]) for name, score in scorer.scores().items())
+    """7. A checkpoint after a prune changes nothing: the next step gives the same weights, scores and kept neurons."""
+    run, training = hdlib.Run(folder / "run"), _training(teacher, widths, batch)
+    _step(training, batch)
+    training.prune(widths)
+    run.save_checkpoint(1, training.student, placeholder_tokenizer(VOCABULARY), training.state(), keep=1)
+    loaded = _training(teacher, widths, batch, run)
+    assert loaded.step == 1 and loaded.kept.keys() == training.kept.keys()
+    for each in (training, loaded):
+        _step(each, batch)
+    assert all(torch.equal(p, q) for p, q in zip(training.parameters, loaded.parameters, strict=True))
+    assert all(torch.equal(indices, loaded.kept[name]) for name, indices in training.kept.items())
+    scores = loaded.importance.scores()
+    assert all(torch.equal(score, scores[name]) for name, score in training.importance.scores().items())
 
 
-def _train(student, teacher, batch, loss, scorer, optimizer) -> None:
-    backward(student, teacher, batch, loss)
-    scorer.update(student)
-    optimizer.step()
-    optimizer.zero_grad()
+def _training(teacher, widths: Widths, batch, resumed: hdlib.Run | None = None) -> Training:
+    config = DistillConfig(steps=8, batch_size=len(batch[0]), target=widths, warmup=0.0, precision="float32")
+    return Training.begin(teacher, widths, None, config, resumed)
 
 
-def processes(teacher: PreTrainedModel, widths: Widths, batch) -> None:
-    """8. The gradients of the halves of a batch add up, also with unequal numbers of labels: same neurons (float64)."""
+def _batch(batch, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
+    """The part of a process, as the loop reads it."""
+    return TrainingBatches(batch[0], lambda *_: batch, len(batch[0]), seed=0, share=(rank, processes))[0]
+
+
+def _step(training: Training, batch) -> None:
+    training.start_step(training.step + 1)
+    training.forward_backward(_batch(batch))
+    training.importance.update(training.student)
+    training.optimizer.step()
+    training.learning_rate.step()
+    training.optimizer.zero_grad()
+
+
+class Reduction:
+    """Accelerate's `reduce` for processes that run one after another: the last one gets what all of them would."""
+
+    def __init__(self):
+        self.given: list[list[torch.Tensor]] = []  # by process
+
+    def __call__(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        place = len(self.given[-1])
+        self.given[-1].append(tensor.clone())
+        return getattr(torch.stack([each[place] for each in self.given]), how)(0)
+
+
+def processes(teacher: PreTrainedModel, widths: Widths, batch, count: int = 2) -> None:
+    """8. Several processes have one process's losses, scores and kept neurons, also with unequal labels (float64)."""
     batch = batch[0], batch[1].clone()
     batch[1][0, 2:] = -100
-    labels_in_batch = int((batch[1] >= 0).sum())
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for parameter in student.parameters():
+    start, found = copy.deepcopy(teacher), []
+    with torch.no_grad():  # else every distillation term and its gradient would be 0
+        for parameter in start.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    scores = []
-    for shares in (1, 2):
-        student.zero_grad()
-        for rank in range(shares):
-            own = [part[rank::shares] for part in batch]
-            backward(student, teacher, own, labels_in_batch=labels_in_batch, share=len(own[0]) / len(batch[0]))
-        scorer = hdlib.scorer("sensitivity")
-        scorer.update(student)
-        scores.append(scorer.scores())
-    one, two = (hdlib.narrow(copy.deepcopy(teacher), widths, score) for score in scores)
-    for name, score in scores[0].items():
-        torch.testing.assert_close(scores[1][name], score, rtol=1e-9, atol=1e-12)
-        assert torch.equal(one[name], two[name])
+    for total in (1, count):
+        reduction = Reduction()
+        state = SimpleNamespace(num_processes=total)
+        with patch.multiple("hdlib.training", PartialState=lambda state=state: state, reduce=reduction):
+            for rank in range(total):
+                reduction.given.append([])
+                training = _training(teacher, widths, batch)
+                training.loss.double(), training.student.load_state_dict(start.state_dict())
+                terms = training.forward_backward(_batch(batch, rank, total))
+        training.importance.update(training.student)
+        scores = training.importance.scores()
+        training.prune(widths)
+        found.append((terms, scores, training.kept))
+    (terms, scores, kept), several = found
+    for expected, got in ((terms, several[0]), (scores, several[1])):
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(several[2][name], indices) for name, indices in kept.items())
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

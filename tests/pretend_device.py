@@ -1,12 +1,14 @@
 """A pretend accelerator: device "shadow", whose tensors hold CPU memory and refuse to meet CPU tensors.
 
-It shows on a machine without a GPU where code mixes devices, and where it waits for the device or copies to it. Only
-float32 is computed. `pretend_device` is the fixture; while it is active `hdlib.distill` runs on the device.
+It shows on a machine without a GPU where code mixes devices or dtypes, and where it waits for the device or copies to
+it. Autocast casts matrix products as on a GPU. `pretend_device` is the fixture; while it is active `hdlib.distill` runs
+on the device.
 """
 
 from __future__ import annotations
 
-import traceback
+import linecache
+import sys
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
-from hdlib import narrowing
+from hdlib import config, narrowing
 
 _setup_privateuseone_for_python_backend("shadow")
 torch.shadow.get_amp_supported_dtype = lambda: [torch.bfloat16]
@@ -28,7 +30,25 @@ DEVICE = torch.device("shadow:0")
 LIBRARY = str(Path(narrowing.__file__).parent)
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default}
+PRODUCTS |= {aten.baddbmm.default, aten.scaled_dot_product_attention.default}  # in autocast's dtype
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+
+
+OTHERS = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+OTHERS.fallback(torch.library.fallthrough_kernel)
+AUTOCAST = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+for _product in PRODUCTS:
+
+    def _cast(*arguments, product=_product, **options):
+        def lower(value):
+            low = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device.type == "shadow"
+            return value.to(torch.get_autocast_dtype("shadow")) if low else value
+
+        with torch.autocast("shadow", enabled=False):
+            return product(*tree_map(lower, arguments), **tree_map(lower, options))
+
+    AUTOCAST.impl(_product, _cast)
 
 
 class Shadow(torch.Tensor):
@@ -123,10 +143,13 @@ def _inside(value):
 
 def _place() -> str:
     """File, line and text of the innermost frame in the library."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(LIBRARY)]
-    if not frames:
+    frame = sys._getframe()
+    while frame and not frame.f_code.co_filename.startswith(LIBRARY):
+        frame = frame.f_back
+    if frame is None:
         return "outside of the library"
-    return f"{Path(frames[-1].filename).relative_to(LIBRARY)}:{frames[-1].lineno} {frames[-1].line}"
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(file).relative_to(LIBRARY)}:{line} {linecache.getline(file, line).strip()}"
 
 
 @pytest.fixture
@@ -154,7 +177,8 @@ def pretend_device(monkeypatch):
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     monkeypatch.setattr(torch.random, "fork_rng", partial(torch.random.fork_rng, devices=[]))
     monkeypatch.setattr(Accelerator, "device", DEVICE)
-    monkeypatch.setattr(narrowing, "check_narrowable", check_narrowable)
+    for module in (narrowing, config):
+        monkeypatch.setattr(module, "check_narrowable", check_narrowable)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     monkeypatch.setattr(torch, "save", save_state)
     monkeypatch.setattr(torch, "load", load_state)

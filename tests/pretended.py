@@ -2,35 +2,46 @@
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import hdlib
 from experiments.gpu import cases
+from hdlib import precision
+from hdlib.downstream.finetune import open_with_head
+from hdlib.lab import cost
+from hdlib.scorers import SCORERS
 
 from pretend_device import DEVICE, pretend_device  # noqa: F401
 from test_loop import ARGUMENTS
 
 PRETENDED = (
-    "narrowed, platon",
-    "masked, neurons return",
-    "masked, global",
-    "micro-batches",
-    "resumed, narrowed, random",
-    "resumed, masked, neurons return",
-    "grouped heads, qwen3, narrowed",
-    "discrepancy, bert",
-    "narrow with AdamW, fused, llama",
+    *(f"float32: narrowed, {name}" for name in SCORERS),
+    "float32: masked, neurons return",
+    "float32: masked, global",
+    "float32: micro-batches",
+    "float32: rotated and compensated",
+    "float32: resumed, narrowed, random",
+    "float32: resumed, masked, neurons return",
+    "float32: grouped heads, qwen3, narrowed",
+    "float32: discrepancy, bert",
+    "float32: narrow with AdamW, fused, llama",
+    "bfloat16: narrowed, sensitivity",
+    "bfloat16: masked, global",
+    "bfloat16: attention probabilities, all positions",
+    "bfloat16: grouped heads, llama, masked",
 )
+DOUBLES = ("float32: discrepancy, bert", "float32: rotated and compensated")  # compute float64 on a device that has it
 
 
-@pytest.mark.parametrize("name", PRETENDED)
-def test_no_tensors_of_two_devices_meet(name, pretend_device):  # noqa: F811
-    case = cases.cases(6)[f"float32: {name}"]
+@pytest.mark.parametrize("name, float64", [*((name, False) for name in PRETENDED), *((name, True) for name in DOUBLES)])
+def test_no_tensors_of_two_devices_meet(name, float64, pretend_device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(precision, "NO_FLOAT64", set() if float64 else {"shadow"})
+    case = cases.cases(6)[name]
     found = case(DEVICE)
     assert pretend_device.waits or pretend_device.copies, "nothing ran on the device"
-    assert not [place for place in pretend_device.doubles if not place.startswith("discrepancy.py")]
-    reference = {"value": case(torch.device("cpu"))} if name.startswith(("discrepancy", "narrow with")) else None
-    if reference:
-        assert cases.compared({"value": found}, reference, "float32")["passed"]
+    assert bool(pretend_device.doubles) == float64, pretend_device.doubles
+    if name.startswith(("float32: discrepancy", "float32: narrow with")):
+        assert cases.compared({"value": found}, {"value": case(torch.device("cpu"))}, "float32")["passed"]
 
 
 def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
@@ -55,3 +66,25 @@ def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks,
     assert run.finished and state() == before
     assert all(torch.equal(weights[name], parameter) for name, parameter in teacher.named_parameters())
     assert teacher.device.type == "cpu" and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_cost_of_a_run(teacher, pretend_device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cost, "STEPS", 6)
+    config = hdlib.DistillConfig(steps=20, batch_size=4, target=0.5, precision="float32")
+    assert cost.project(teacher.to(DEVICE), config, 16).tokens_per_second > 0
+    assert pretend_device.waits
+
+
+def test_the_forward_of_fine_tuning(teacher, tokenizer, tmp_path, pretend_device):  # noqa: F811
+    teacher.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = open_with_head(AutoModelForSequenceClassification, tmp_path, num_labels=2)
+    rows = tokenizer(["the student", "a teacher learns"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**rows).logits
+    model.to(DEVICE)
+    rows = {name: each.to(DEVICE) for name, each in rows.items()}
+    outputs = model(**rows, labels=torch.tensor([0, 1]).to(DEVICE))
+    torch.testing.assert_close(outputs.logits.cpu(), expected)
+    outputs.loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "classifier" in name)

@@ -3,18 +3,22 @@
 import copy
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hdlib
-from hdlib import Widths, losses, narrowing
+from hdlib import DistillationLoss, Widths, losses, narrowing
+from hdlib.data import TrainingBatches
 from hdlib.families import FAMILIES, FIXED, HEADS, HIDDEN, KEY, QUERY, VALUE
 from hdlib.scorers import Sensitivity
+from hdlib.training import Training
 
 import invariants
 from conftest import random_batch, random_bert
 from models import KINDS, narrower, random_model
+from reference import Doubles
 
 NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4)
 
@@ -25,17 +29,25 @@ def red(check, *arguments) -> None:
 
 
 def test_identity_detects_a_student_with_dropout(monkeypatch):
-    monkeypatch.setattr(invariants, "student_of", lambda teacher: hdlib.models.student_of(teacher).train())
+    student_of = hdlib.models.student_of
+    monkeypatch.setattr(hdlib.models, "student_of", lambda teacher: student_of(teacher).train())
     red(invariants.identity, random_bert(), random_batch())
 
 
 def test_identity_detects_projections_that_are_not_the_identity(monkeypatch):
-    monkeypatch.setattr(torch, "eye", lambda *size: torch.ones(*size) / 7)
+    begin = DistillationLoss.__init__
+
+    def skewed(self, *arguments, **options):
+        begin(self, *arguments, **options)
+        for projection in self.parameters():
+            projection.data += 1 / 7
+
+    monkeypatch.setattr(DistillationLoss, "__init__", skewed)
     red(invariants.identity, random_bert(), random_batch())
 
 
 def test_mask_equals_narrow_detects_a_stale_attention_scale(monkeypatch):
-    monkeypatch.setattr(narrowing.math, "sqrt", lambda _: 1.0)
+    monkeypatch.setattr(narrowing, "math", SimpleNamespace(sqrt=lambda _: 1.0))
     red(invariants.mask_equals_narrow, random_bert(), NARROW, random_batch())
 
 
@@ -68,7 +80,7 @@ def test_stock_detects_ties_that_were_broken(monkeypatch, tmp_path):
 def test_stock_detects_a_config_that_was_not_updated(monkeypatch, tmp_path):
     model, set_widths = random_bert(), narrowing.set_widths
     monkeypatch.setattr(narrowing, "set_widths", lambda m, c, w: None if c is model.config else set_widths(m, c, w))
-    monkeypatch.setattr(invariants, "student_of", lambda _: model)
+    monkeypatch.setattr(hdlib.models, "student_of", lambda _: model)
     red(invariants.stock, random_bert(), NARROW, random_batch(), tmp_path)
 
 
@@ -122,22 +134,61 @@ def test_taylor_detects_an_element_counted_twice(monkeypatch):
     red(invariants.taylor, random_bert(), random_batch())
 
 
-def test_resume_detects_a_lost_moment(monkeypatch, tmp_path):
-    save = torch.save
+def _no_moment(state):
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"].zero_()
 
-    def forgetful(state, path):
-        state = copy.deepcopy(state)
-        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros_like(state["optimizer"]["state"][0]["exp_avg"])
-        save(state, path)
 
-    monkeypatch.setattr(torch, "save", forgetful)
+def _other_neurons(state):
+    state["kept"]["hidden"] = state["kept"]["hidden"] + 1
+
+
+def _no_averages(state):
+    for average in state["importance"]["averages"].values():
+        average.zero_()
+
+
+def _no_projection(state):
+    state["loss"]["embedding_projection"].zero_()
+
+
+@pytest.mark.parametrize("lose", [_no_moment, _other_neurons, _no_averages, _no_projection])
+def test_resume_detects_a_checkpoint_that_loses_something(monkeypatch, tmp_path, lose):
+    state = Training.state
+
+    def forgetful(self):
+        kept = copy.deepcopy(state(self))
+        lose(kept)
+        return kept
+
+    monkeypatch.setattr(Training, "state", forgetful)
     red(invariants.resume, random_bert(), NARROW, random_batch(), tmp_path)
 
 
 def test_processes_detects_a_loss_that_is_divided_by_its_own_labels(monkeypatch):
     mlm_loss = losses.mlm_loss
     monkeypatch.setattr(losses, "mlm_loss", lambda logits, labels, count=None: mlm_loss(logits, labels))
-    red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
+    with Doubles():
+        red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
+
+
+def test_processes_detects_batches_that_count_their_own_labels(monkeypatch):
+    batch_of = TrainingBatches.__getitem__
+
+    def careless(self, step):
+        batch = batch_of(self, step)
+        return batch | {"label_count": (batch["labels"] >= 0).sum()}
+
+    monkeypatch.setattr(TrainingBatches, "__getitem__", careless)
+    with Doubles():
+        red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
+
+
+def test_processes_detects_a_reduction_of_some_gradients(monkeypatch):
+    """The parameters of the loss are left out."""
+    every = Training.parameters.fget
+    monkeypatch.setattr(Training, "parameters", property(lambda self: every(self)[::2]))
+    with Doubles():
+        red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
 
 
 # A family with one wrong entry in its table fails its invariants.

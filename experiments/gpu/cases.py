@@ -68,6 +68,7 @@ RUNS = {  # what differs from CONFIG
     "one-shot": {"schedule": "one_shot"},
     "attention probabilities, all positions": {"attention_target": "probs", "positions": "all"},
     "held-out measures around prunes": {"eval_prunes": True},
+    "rotated and compensated": {"rotate": True, "compensate": True},
 }
 RESUMED = ("narrowed, platon", "narrowed, random", "masked, neurons return")
 OPTIMISERS = {
