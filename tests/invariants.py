@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -33,20 +35,19 @@ def loss_for(model, **options) -> DistillationLoss:
     return DistillationLoss(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, **options)
 
 
-def total_loss(model, teacher, batch, loss=None, **part) -> torch.Tensor:
+def total_loss(teacher, batch, loss=None) -> Callable[[PreTrainedModel], torch.Tensor]:
+    """The loss of a student on a batch, with all terms, as a function of the student."""
     input_ids, labels = batch
     loss = loss or loss_for(teacher).to(teacher.dtype)
     positions = loss.loss_positions(labels)
     with torch.no_grad():
         teacher_outputs = forward(teacher, input_ids, positions)
-    return loss(forward(model, input_ids, positions), teacher_outputs, labels, **part).total
+    return lambda student: loss(forward(student, input_ids, positions), teacher_outputs, labels).total
 
 
-def backward(model, teacher, batch, loss=None, **part) -> torch.Tensor:
-    """One backward pass of the total loss; returns the loss."""
-    total = total_loss(model, teacher, batch, loss, **part)
-    total.backward()
-    return total
+def backward(model, teacher, batch, loss=None) -> None:
+    """One backward pass of the total loss."""
+    total_loss(teacher, batch, loss)(model).backward()
 
 
 def sensitivities(model, batch) -> dict[str, torch.Tensor]:
@@ -226,35 +227,36 @@ def taylor(teacher: PreTrainedModel, batch, neurons: int = 3, epsilon: float = 1
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    loss = loss_for(teacher).double()
-    backward(model, teacher, batch, loss)
+    loss = total_loss(teacher, batch)
+    loss(model).backward()
     scorer = hdlib.scorer("sensitivity")
     scorer.update(model)
+    scores = scorer.scores()
     signs = {name: (p.detach() * p.grad).sign() for name, p in model.named_parameters() if p.grad is not None}
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for group in hdlib.width_groups(model).values():
         for neuron in torch.linspace(0, group.size - 1, neurons).long().unique().tolist():
             losses = []
-            for direction in (1, -1):
-                _scale_neuron(model, group, neuron, weights, signs, direction * epsilon)
-                with torch.no_grad():
-                    losses.append(total_loss(model, teacher, batch, loss).item())
+            for direction in (epsilon, -epsilon):
+                with torch.no_grad(), _scaled(model, group, neuron, signs, direction):
+                    losses.append(loss(model).item())
             slope = (losses[0] - losses[1]) / (2 * epsilon)
-            score = scorer.scores()[group.name][neuron].item()
+            score = scores[group.name][neuron].item()
             assert abs(slope - score) <= 1e-3 * abs(score) + 1e-7, (group.name, neuron, slope, score)
 
 
-@torch.no_grad()
-def _scale_neuron(model, group, neuron, weights, signs, epsilon) -> None:
-    for name, parameter in model.named_parameters():
-        if name not in signs:  # the loss does not depend on it
-            continue
-        owned = torch.zeros_like(parameter, dtype=torch.bool)
-        for member, axis, start, unit in group.members:
-            if member == name:
-                first = start + neuron * unit
-                owned.index_fill_(axis, torch.arange(first, first + unit), True)
-        parameter.copy_(weights[name] * (1 + epsilon * signs[name] * owned))
+@contextmanager
+def _scaled(model, group, neuron, signs, epsilon):
+    """The elements of a neuron are scaled; each once, also where two of its slices cross."""
+    owned = {name: torch.zeros_like(model.get_parameter(name), dtype=torch.bool) for name, *_ in group.members}
+    for name, axis, start, unit in group.members:
+        first = start + neuron * unit
+        owned[name].index_fill_(axis, torch.arange(first, first + unit), True)
+    before = {name: model.get_parameter(name).detach().clone() for name in owned if name in signs}  # the loss reads it
+    for name, weight in before.items():
+        model.get_parameter(name).copy_(weight * (1 + epsilon * signs[name] * owned[name]))
+    yield
+    for name, weight in before.items():
+        model.get_parameter(name).copy_(weight)
 
 
 def resume(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> None:
