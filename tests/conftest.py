@@ -101,6 +101,28 @@ def teacher(tokenizer):
     return random_bert(vocabulary=len(tokenizer))
 
 
+ARGUMENTS = {
+    "steps": 24,
+    "batch_size": 8,
+    "target": 0.5,
+    "prune_every": 2,
+    "eval_every": 6,
+    "eval_blocks": 8,
+    "checkpoint_every": 5,
+    "learning_rate": 3e-3,
+    "precision": "float32",  # "auto" would depend on the machine
+}
+
+
+@pytest.fixture(scope="session")
+def whole_run(tokenizer, blocks, tmp_path_factory) -> hdlib.Run:
+    """The finished run of `teacher` with ARGUMENTS, for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return hdlib.distill(
+        random_bert(vocabulary=len(tokenizer)), tokenizer, *blocks, hdlib.DistillConfig(**ARGUMENTS), folder
+    )
+
+
 @pytest.fixture(scope="session")
 def blocks(text_file, tokenizer):
     return hdlib.load_corpus(text_file, tokenizer, 16)

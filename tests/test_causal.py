@@ -12,10 +12,10 @@ from hdlib.data import NextToken, sample
 from hdlib.losses import attention_loss, pairs_that_count, prediction_loss
 from hdlib.models import forward
 
-from conftest import random_batch
+from conftest import ARGUMENTS, random_batch
 from invariants import loss_for
 from models import KINDS, random_model
-from test_loop import ARGUMENTS, weights
+from test_loop import weights
 
 
 @pytest.fixture(scope="session")
@@ -111,18 +111,18 @@ def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, 
     random_model(name, vocabulary=len(its_tokenizer), **special).save_pretrained(tmp_path / "teacher")
     its_tokenizer.save_pretrained(tmp_path / "teacher")
     teacher, its_tokenizer = hdlib.load_teacher(tmp_path / "teacher")
-    config = DistillConfig(**ARGUMENTS | {"steps": 12, "eval_every": 6, "checkpoint_every": 4})
+    config = DistillConfig(**ARGUMENTS | {"steps": 6, "eval_every": 3, "checkpoint_every": 2})
     run = hdlib.distill(teacher, its_tokenizer, *text, config, tmp_path / "run")
     assert run.metrics.loc[0, "held_out_kl"] == 0.0 and run.metrics.loc[0, "held_out_agreement"] == 1.0
     assert all(run.metrics.loc[1, term] == 0.0 for term in ("prediction", "hidden", "attention", "embedding"))
-    assert all(run.metrics.loc[12, term] > 0.0 for term in ("mlm", "prediction", "hidden", "attention"))
+    assert all(run.metrics.loc[6, term] > 0.0 for term in ("mlm", "prediction", "hidden", "attention"))
     student, _ = run.student()
     assert type(student) is type(teacher) and Widths.of(student) == Widths.at(teacher, 0.5)
     measured = hdlib.discrepancy(student.eval(), teacher, sample(text[1], 8))
     assert measured["kl"] == pytest.approx(run.metrics["held_out_kl"].iloc[-1], rel=1e-4)
 
     def kill(record):
-        if record["step"] == 6:
+        if record["step"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -134,7 +134,7 @@ def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, 
 def test_a_student_comes_closer_to_a_causal_teacher(causal_tokenizer, causal_blocks, tmp_path):
     """Without the mlm term: the teacher is random, and the text would pull the student away from it."""
     teacher = random_model("qwen3", vocabulary=len(causal_tokenizer))
-    config = DistillConfig(**ARGUMENTS | {"steps": 300, "eval_every": 300, "checkpoint_every": 300, "mlm": 0.0})
+    config = DistillConfig(**ARGUMENTS | {"steps": 150, "eval_every": 150, "checkpoint_every": 150, "mlm": 0.0})
     run = hdlib.distill(teacher, causal_tokenizer, *causal_blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
     hdlib.narrow(bare, Widths.at(teacher, 0.5))

@@ -67,6 +67,26 @@ def until(true, seconds=120):
         time.sleep(0.1)
 
 
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch, counted={}):  # noqa: B006
+    """Operations of a shape are counted by the first test that shows it."""
+
+    def remembered(config, length):
+        key = config.to_json_string(), length
+        counted[key] = counted[key] if key in counted else flops(config, length)
+        return counted[key]
+
+    flops = MODULE.flops
+    monkeypatch.setattr(MODULE, "flops", remembered)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """A chooser and the first values of its controls, for tests that put them back."""
+    found = chooser(tmp_path_factory.mktemp("unchanged") / "runs")
+    return found, {name: control.value for name, control in found.controls.items()}
+
+
 @pytest.fixture
 def widget(tmp_path):
     found = chooser(tmp_path / "runs")
@@ -110,7 +130,8 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_an_impossible_choice_gives_a_message_and_starts_nothing(widget, name, capsys):
+def test_an_impossible_choice_gives_a_message_and_starts_nothing(unchanged, name, capsys):
+    widget, first = unchanged
     before = widget.table.value
     values, message = IMPOSSIBLE[name]
     choose(widget, **values)
@@ -120,8 +141,7 @@ def test_an_impossible_choice_gives_a_message_and_starts_nothing(widget, name, c
     assert message in widget._repr_mimebundle_()["text/plain"]
     widget.by.value = FRACTION
     assert "Traceback" not in "".join(capsys.readouterr())
-    fresh = chooser("runs").controls
-    choose(widget, **{each: fresh[each].value for each in values})
+    choose(widget, **{each: first[each] for each in values})
     assert widget.table.value == before and not widget.buttons["export"].disabled, "the first choice again"
 
 
@@ -256,6 +276,7 @@ def test_run_starts_a_run_that_finishes(widget, tmp_path, text_file, monkeypatch
     assert "steps was 6, is 8" in widget.status.value, "the message names the difference"
 
 
+@pytest.mark.full
 def test_stop_writes_a_checkpoint_and_run_resumes_it(widget, tmp_path, text_file):
     small_run(widget, tmp_path, text_file, steps=100_000)
     stopped_at = []

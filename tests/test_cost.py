@@ -23,6 +23,12 @@ from conftest import full
 from models import KINDS, random_model
 
 
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """Projections from half as many steps."""
+    monkeypatch.setattr(cost, "STEPS", 12)
+
+
 def profiled_flops(model, batch_size: int, length: int) -> int:
     """Operations of one forward, head included, as PyTorch's profiler counts them: element-wise ones too."""
     model = deepcopy(model)
@@ -66,16 +72,17 @@ def test_a_table_of_forwards(teacher):
     assert row["tokens_per_second"] == pytest.approx(1000 * row["batch_size"] * row["length"] / row["milliseconds"])
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", *full("distilbert", "modernbert", "gpt2")])
+@pytest.mark.parametrize("family", ["bert", *full("llama", "distilbert", "modernbert", "gpt2")])
 def test_a_narrowed_student_runs_as_an_exported_program(family, tmp_path):
-    student = random_model(family)
+    student = random_model(family, layers=1)
     hdlib.narrow(student, hdlib.Widths.at(student, 0.5))
     assert hdlib.lab.export.to_program(student, tmp_path / "student.pt2") <= 1e-5
 
 
-def test_a_narrowed_student_runs_as_onnx(teacher, tmp_path):
-    hdlib.narrow(teacher, hdlib.Widths.at(teacher, 0.5))
-    assert hdlib.lab.export.to_onnx(teacher, tmp_path / "student.onnx") <= 1e-5
+def test_a_narrowed_student_runs_as_onnx(tmp_path):
+    student = random_model("bert", layers=1)
+    hdlib.narrow(student, hdlib.Widths.at(student, 0.5))
+    assert hdlib.lab.export.to_onnx(student, tmp_path / "student.onnx") <= 1e-5
 
 
 def test_a_wrong_export_is_detected(teacher, tmp_path, monkeypatch):
@@ -166,7 +173,7 @@ def test_operations_of_the_head_are_at_the_loss_positions(options, loss_position
     assert cost.operations(teacher, [wide], config, 16) == {wide: pytest.approx((teachers + 3) * each)}
 
 
-@pytest.mark.parametrize("name", [*list(KINDS)[1::3], *full(*(name for n, name in enumerate(KINDS) if n % 3 != 1))])
+@pytest.mark.parametrize("name", [*list(KINDS)[1::7], *full(*(name for n, name in enumerate(KINDS) if n % 7 != 1))])
 def test_counts_at_some_shapes_give_the_others(name):
     teacher = random_model(name, heads=8, head_dim=16, ffn=400, hidden=128, vocabulary=100)
     config = DistillConfig(steps=1000, target=0.3, prune_every=1)

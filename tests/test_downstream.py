@@ -28,7 +28,7 @@ from hdlib.downstream.finetune import _tokenised as tokenised
 from hdlib.downstream.squad import _targets, _windows, best_spans, score_answers
 from hdlib.downstream.tasks import _swap
 
-from conftest import WORDS, random_bert, sentences
+from conftest import WORDS, full, random_bert, sentences
 from models import random_model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real tasks, if the folder exists
@@ -459,7 +459,7 @@ def test_a_head_of_another_shape_is_replaced_and_a_backbone_is_not(checkpoint, e
             downstream.finetune(tmp_path / "two", task, data, ONE_STEP)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama", "opt"])
+@pytest.mark.parametrize("name", ["roberta", "gpt2", *full("bert", "distilbert", "llama", "opt")])
 def test_texts_are_cut_to_the_positions_of_the_model(name, tokenizer, tmp_path):
     """A tokenizer without model_max_length, and texts longer than the 24 positions."""
     positions = 26 if name == "roberta" else 24  # the first ones are of the padding token
@@ -538,6 +538,7 @@ def test_the_home_folder_is_expanded(easy, tokenizer, tmp_path, monkeypatch):
 def test_a_slow_hub_is_waited_for(variable, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, variable, 77)
     waited = []
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between its attempts
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, timeout: waited.append(timeout))
     with pytest.raises(FileNotFoundError):
         load_task("rte", "some/data")
@@ -571,11 +572,12 @@ def test_diverged_training_raises(checkpoint, easy):
 
 def test_bfloat16_learns_the_same_task(checkpoint, easy, tmp_path):
     """Matrix products in bfloat16, weights in float32."""
-    found = downstream.finetune(checkpoint, *easy, FineTuneConfig(precision="bfloat16", **QUICK), save_to=tmp_path)
+    half = FineTuneConfig(precision="bfloat16", epochs=5, **QUICK)
+    found = downstream.finetune(checkpoint, *easy, half, save_to=tmp_path)
     assert found["accuracy"] > 0.9
     weights = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto").state_dict()
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    downstream.finetune(checkpoint, *easy, FineTuneConfig(**QUICK), save_to=tmp_path / "whole")
+    downstream.finetune(checkpoint, *easy, replace(half, precision="float32"), save_to=tmp_path / "whole")
     whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict()
     assert not all(torch.equal(weights[name], whole[name]) for name in whole), "precision has an effect"
 

@@ -25,8 +25,9 @@ from hdlib import DistillConfig
 from hdlib.checkpoints import FILES, STATE, BrokenCheckpoint, _fingerprints, load_state, save_folder
 from hdlib.training import Training
 
+from conftest import ARGUMENTS
 from models import random_model
-from test_loop import ARGUMENTS, weights
+from test_loop import weights
 
 KILLS = int(os.environ.get("HDLIB_KILLS", "2"))  # HDLIB_KILLS=100 takes 15 minutes
 CLOCKS = ["seconds", "elapsed"]

@@ -19,20 +19,8 @@ from hdlib import DistillConfig, Widths
 from hdlib.data import Blocks
 from hdlib.losses import TERMS
 
+from conftest import ARGUMENTS, full
 from models import random_model
-
-ARGUMENTS = {
-    "steps": 24,
-    "batch_size": 8,
-    "target": 0.5,
-    "prune_every": 2,
-    "eval_every": 6,
-    "eval_blocks": 8,
-    "checkpoint_every": 5,
-    "learning_rate": 3e-3,
-    "precision": "float32",  # "auto" would depend on the machine
-}
-
 
 STATES = ("hidden", "attention", "embedding")
 
@@ -78,7 +66,7 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
 @pytest.mark.parametrize(("weights", "share"), [({}, 1.0), (dict.fromkeys(("mlm", *STATES), 0.0), 0.5)])
 def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_path):
     """A trained student is closer to the teacher than a narrowed one, much closer if KL is the only term."""
-    config = DistillConfig(**ARGUMENTS | {"steps": 400, "eval_every": 400, "checkpoint_every": 400} | weights)
+    config = DistillConfig(**ARGUMENTS | {"steps": 200, "eval_every": 200, "checkpoint_every": 200} | weights)
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
     hdlib.narrow(bare, Widths.at(teacher, 0.5))
@@ -123,15 +111,14 @@ def test_heads_instead_of_head_dimensions(teacher, tokenizer, blocks, tmp_path):
     assert Widths.of(student) == Widths(12, 28, 6, 2)
 
 
-def test_a_finished_run_is_not_repeated(teacher, tokenizer, blocks, config, tmp_path):
-    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
-    expected = weights(run)
-    again = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path, resume=True, on_step=pytest.fail)
+def test_a_finished_run_is_not_repeated(teacher, tokenizer, blocks, config, whole_run):
+    expected = weights(whole_run)
+    again = hdlib.distill(teacher, tokenizer, *blocks, config, whole_run.folder, resume=True, on_step=pytest.fail)
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(again).items())
 
 
-def test_the_student_has_a_model_card(teacher, tokenizer, blocks, config, tmp_path):
-    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+def test_the_student_has_a_model_card(teacher, whole_run):
+    run = whole_run
     card = ModelCard.load(run.student_folder / "README.md")
     assert card.data.pipeline_tag == "fill-mask" and card.data.library_name == "transformers"
     last = run.metrics.iloc[-1]
@@ -143,10 +130,8 @@ def test_the_student_has_a_model_card(teacher, tokenizer, blocks, config, tmp_pa
     assert "None" not in card.content and "nan" not in card.content
 
 
-@pytest.mark.parametrize("killed_at", [1, 5, 7, 10, 13, 23])
-def test_a_resumed_run_equals_an_uninterrupted_one(teacher, tokenizer, blocks, config, tmp_path, killed_at):
-    whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
-
+@pytest.mark.parametrize("killed_at", [1, 5, 13, *full(7, 10, 23)])
+def test_a_resumed_run_equals_an_uninterrupted_one(teacher, tokenizer, blocks, config, tmp_path, killed_at, whole_run):
     def kill(record):
         if record["step"] == killed_at:
             raise KeyboardInterrupt
@@ -154,24 +139,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(teacher, tokenizer, blocks, c
     with pytest.raises(KeyboardInterrupt):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
     resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
-    expected, got = weights(whole), weights(resumed)
+    expected, got = weights(whole_run), weights(resumed)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
     clocks = ["seconds", "elapsed"]
-    assert resumed.metrics.drop(columns=clocks).equals(whole.metrics.drop(columns=clocks))
+    assert resumed.metrics.drop(columns=clocks).equals(whole_run.metrics.drop(columns=clocks))
 
 
-def test_a_broken_checkpoint_is_skipped(teacher, tokenizer, blocks, config, tmp_path):
+def test_a_broken_checkpoint_is_skipped(teacher, tokenizer, blocks, config, tmp_path, whole_run):
     def kill(record):
         if record["step"] == 17:
             raise KeyboardInterrupt
 
-    whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
     newest = hdlib.Run.load(tmp_path / "killed").checkpoints()[-1] / "training.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     resumed = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
-    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole_run).items())
 
 
 def test_a_loss_that_turns_nan_stops_the_run(teacher, tokenizer, blocks, config, tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ from hdlib.checkpoints import load_state
 from hdlib.data import sample
 from hdlib.models import forward
 
-from conftest import random_batch
+from conftest import ARGUMENTS, random_batch
 from invariants import close, loss_for, sensitivities
 from models import KINDS, narrower, random_model
 from reference import Doubles
-from test_loop import ARGUMENTS, weights
+from test_loop import weights
 
 CASES = [  # by default one width a family, in rotation
     pytest.param(name, width, marks=() if place == number % len(widths) else pytest.mark.full)

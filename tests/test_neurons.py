@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,16 +13,13 @@ from hdlib import DistillConfig, Run
 from hdlib.runs import RECORDED, Prune
 from hdlib.widths import width_groups
 
-from conftest import random_bert
-from test_loop import ARGUMENTS
+from conftest import ARGUMENTS, random_bert
 
 
-@pytest.fixture(scope="module")
-def recorded(tokenizer, blocks, tmp_path_factory):
+@pytest.fixture
+def recorded(tokenizer, whole_run):
     """A run and its teacher."""
-    teacher = random_bert(vocabulary=len(tokenizer))
-    folder = tmp_path_factory.mktemp("recorded") / "run"
-    return hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS), folder), teacher
+    return whole_run, random_bert(vocabulary=len(tokenizer))
 
 
 def test_every_prune_is_recorded_in_the_teachers_numbering(recorded):
@@ -55,12 +53,15 @@ def test_a_prune_recorded_by_the_first_version_is_read(tmp_path):
     torch.testing.assert_close(prune.importance["layer.0.ffn"], importance, rtol=0, atol=0, equal_nan=True)
 
 
-def test_of_many_prunes_an_even_selection_is_recorded(tokenizer, blocks, tmp_path):
+def test_of_many_prunes_an_even_selection_is_recorded(tokenizer, blocks, tmp_path, monkeypatch):
+    """A tenth of the steps of a long run, and of the prunes that are recorded."""
+    assert RECORDED == 100
+    monkeypatch.setattr(import_module("hdlib.distill"), "RECORDED", 10)
     teacher = random_bert(vocabulary=len(tokenizer), ffn=512)
-    config = DistillConfig(**ARGUMENTS | {"steps": 300, "prune_every": 1, "batch_size": 1, "eval_every": 300})
-    run = hdlib.distill(teacher, tokenizer, *blocks, replace(config, checkpoint_every=300), tmp_path)
+    config = DistillConfig(**ARGUMENTS | {"steps": 30, "prune_every": 1, "batch_size": 1, "eval_every": 30})
+    run = hdlib.distill(teacher, tokenizer, *blocks, replace(config, checkpoint_every=30), tmp_path)
     pruned = run.metrics.index[run.metrics["intermediate_size"].diff().lt(0)]
-    assert len(pruned) > RECORDED and 40 < len(run.pruned_at) <= RECORDED
+    assert len(pruned) > 10 and 4 < len(run.pruned_at) <= 10
     assert run.pruned_at[-1] == pruned[-1], "always the last one"
     assert set(pruned // 3) == {step // 3 for step in run.pruned_at}, "at most one prune in three steps"
 

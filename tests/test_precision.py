@@ -13,10 +13,9 @@ from hdlib import DistillConfig, losses, precision
 from hdlib.lab.cost import peak_memory
 from hdlib.models import forward
 
-from conftest import random_batch
+from conftest import ARGUMENTS, random_batch
 from invariants import loss_for
 from models import KINDS, random_model
-from test_loop import ARGUMENTS
 
 AUTO = ARGUMENTS | {"precision": "auto", "steps": 6}
 

@@ -16,10 +16,10 @@ from hdlib.reconstruction import RIDGE, Compensation, Moments, _Layers, regressi
 from hdlib.rotation import rotate_heads
 from hdlib.widths import source_layers, width_groups
 
-from conftest import full, random_batch, random_bert
+from conftest import ARGUMENTS, full, random_batch, random_bert
 from invariants import close, loss_for, sensitivities
 from models import KINDS, random_model
-from test_loop import ARGUMENTS, weights
+from test_loop import weights
 
 SOME = ("bert", "deberta-v2", "gpt2", "albert")
 

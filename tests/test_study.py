@@ -14,8 +14,7 @@ from hdlib.lab import Study
 from hdlib.losses import TERMS
 from hdlib.runs import Run
 
-from conftest import random_bert
-from test_loop import ARGUMENTS
+from conftest import ARGUMENTS, random_bert
 
 MLM_ONLY = dict.fromkeys(TERMS[1:], 0.0)
 STILL = {"learning_rate": 1e-30}  # nothing is learned: only prunes change the student
@@ -102,8 +101,7 @@ def test_a_run_records_which_neurons_it_kept(teacher, tokenizer, blocks, tmp_pat
         assert torch.equal(narrow_bert.encoder.layer[layer].attention.self.value.weight, rows)
 
 
-def test_kept_neurons_survive_a_resume(teacher, tokenizer, blocks, tmp_path):
-    whole = distilled(teacher, tokenizer, blocks, tmp_path / "whole")
+def test_kept_neurons_survive_a_resume(teacher, tokenizer, blocks, tmp_path, whole_run):
 
     def kill(record):
         if record["step"] == 13:
@@ -114,7 +112,7 @@ def test_kept_neurons_survive_a_resume(teacher, tokenizer, blocks, tmp_path):
         hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
     with pytest.raises(FileNotFoundError, match="not finished"):
         _ = Run.load(tmp_path / "killed").kept
-    assert hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True).kept == whole.kept
+    assert hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "killed", resume=True).kept == whole_run.kept
 
 
 def test_measures_around_prunes(teacher, tokenizer, blocks, tmp_path):

@@ -16,9 +16,8 @@ from hdlib import DistillConfig, Run
 from hdlib.lab.guesses import guesses
 from hdlib.lab.plots import COLOURS
 
-from conftest import random_bert
+from conftest import ARGUMENTS, random_bert
 from recorded import recorded_run
-from test_loop import ARGUMENTS
 
 
 @pytest.fixture(scope="module")
