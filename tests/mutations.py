@@ -24,7 +24,7 @@ NEAREST = {
     "data": "data loop",
     "discrepancy": "discrepancy study",
     "distill": "loop faults study bad_input",
-    "losses": "losses loop causal",
+    "losses": "losses discrepancy causal loop",
     "masks": "masking",
     "models": "losses causal teachers",
     "narrowing": "scorers teeth invariants widths robustness",

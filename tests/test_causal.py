@@ -92,6 +92,14 @@ def test_every_family_handles_padding(name):
             torch.testing.assert_close(again.named()[term], value, rtol=1e-4, atol=1e-5, msg=term)
 
 
+def test_pairs_of_real_tokens_that_attend_to_each_other_count():
+    past, real = torch.ones(4, 4, dtype=torch.bool).tril(), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    found = pairs_that_count(past[None, None], real)
+    expected = torch.zeros(2, 4, 4, dtype=torch.bool)
+    expected[0, :3, :3], expected[1, :1, :1] = past[:3, :3], True
+    assert torch.equal(found, expected[:, None])
+
+
 def test_pairs_outside_a_mask_have_no_effect():
     """Not even infinite scores."""
     student, teacher = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(1, 2, 4, 4)

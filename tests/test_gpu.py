@@ -119,10 +119,10 @@ def test_a_wrong_number_does_not_pass():
     assert not cases.compared(item(), {"error": "out of memory"}, "float32")["passed"]
 
 
-@pytest.mark.parametrize("chosen, count", [("not full", 17), *full(("full", 8))])
-def test_on_the_pretend_device(chosen, count):
+@pytest.mark.parametrize("chosen", ["not full", *full("full")])
+def test_on_the_pretend_device(chosen):
     """Its registration affects a whole process, so these tests have one of their own."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-m", chosen, str(ROOT / "tests" / "pretended.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert f"{count} passed" in done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -160,6 +160,14 @@ def test_platon_follows_prunes():
         torch.testing.assert_close(scorer._smoothed[name], 0.15 * (parameter * parameter.grad).abs())
 
 
+def test_magnitude_is_the_sum_of_absolute_weights(trained):
+    scorer = hdlib.scorer("magnitude")
+    scorer.update(trained)
+    weights = {name: parameter.detach().abs().double().numpy() for name, parameter in trained.named_parameters()}
+    for group, expected in bert_importance(weights, layers=2).items():
+        np.testing.assert_allclose(scorer.scores()[group].numpy(), expected, rtol=1e-4, err_msg=group)
+
+
 def test_movement_keeps_weights_that_move_away_from_zero(trained):
     scorer = hdlib.scorer("movement", smoothing=0.0)
     scorer.update(trained)
