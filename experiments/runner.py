@@ -131,6 +131,7 @@ class Runner:
     def _papermill(self, folder: Path) -> int | None:
         """The exit status; None after the time limit."""
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-k", "python3", "--cwd", NOTEBOOKS]
+        command += ["--start-timeout", "600"]  # seconds; a busy machine starts many kernels slowly
         command += ["-f", folder / "parameters.yaml", self.study.notebook, folder / "notebook.ipynb"]
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         with tempfile.TemporaryDirectory() as jupyter, (folder / "log.txt").open("w") as log:

@@ -101,6 +101,7 @@ def teacher(tokenizer):
     return random_bert(vocabulary=len(tokenizer))
 
 
+PAPERMILL = {"progress_bar": False, "start_timeout": 600}  # a kernel starts slowly on a busy machine
 ARGUMENTS = {
     "steps": 24,
     "batch_size": 8,

@@ -239,12 +239,15 @@ def test_the_batch_of_a_step_is_a_function_of_seed_and_step(tokenizer, blocks):
 def test_every_block_once_in_each_epoch(tokenizer, blocks):
     train = blocks[0].take(20)
     batches = TrainingBatches(train, Masking.of(tokenizer), batch_size=5, seed=0)
+    orders = []
     for epoch in range(2):
         seen = []
         for step in range(4 * epoch, 4 * epoch + 4):
             batch = batches[step]
             seen += batch["input_ids"].where(batch["labels"] == -100, batch["labels"]).tolist()
         assert sorted(seen) == sorted(train["input_ids"])
+        orders.append(seen)
+    assert orders[0] != orders[1], "another order in each"
 
 
 def test_processes_divide_the_batch_of_one_process(tokenizer, blocks):

@@ -20,6 +20,8 @@ from experiments.bench import prune
 from experiments.bench.work import Setting
 from hdlib.families import FAMILIES
 
+from conftest import PAPERMILL
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 GOLDEN = ROOT / "tests" / "golden"
@@ -69,7 +71,7 @@ def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
     folder.mkdir(exist_ok=True)
     executed = folder / path.name
     papermill.execute_notebook(
-        path, executed, parameters=parameters, cwd=NOTEBOOKS[0].parent, progress_bar=False, kernel_name="python3"
+        path, executed, parameters=parameters, cwd=NOTEBOOKS[0].parent, kernel_name="python3", **PAPERMILL
     )
     (result,) = folder.rglob("result.json")
     outputs = [o for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for o in cell.outputs]

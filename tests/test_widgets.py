@@ -289,13 +289,13 @@ def test_a_run_is_watched_from_before_it_begins_to_its_end(runs, tmp_path):
             if count == 13:
                 shutil.copytree(source / "neurons", folder / "neurons")
                 shutil.copytree(source / "student", folder / "student")
-            for _ in range(2400):
+            for _ in range(12_000):
                 if text in watching.alt:
                     break
                 await asyncio.sleep(0.05)
             assert text in watching.alt and ("steps per second" in watching.alt) == (count in (4, 10))
             pictures.append(watching.picture.png)
-        await asyncio.wait_for(watching._task, 120)
+        await asyncio.wait_for(watching._task, 600)
         return watching, pictures
 
     watching, pictures = asyncio.run(grow())
