@@ -19,9 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_ONCE = "accelerate datasets hypothesis matplotlib.pyplot pandas papermill scipy.optimize sklearn.metrics torch"
 NEAREST = {
-    "config": "schedules loop bad_input",
+    "config": "schedules cost loop bad_input",
     "checkpoints": "faults loop",
-    "data": "data loop",
+    "data": "data causal loop",
     "discrepancy": "discrepancy study",
     "distill": "loop faults study bad_input",
     "losses": "losses discrepancy causal loop",
