@@ -45,7 +45,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, states: Tensor) -> Moments:
         """Of states (N, D)."""
-        return cls(states.new_tensor(float(len(states))), states.sum(0), states.T @ states)
+        return cls(states.new_full((), len(states)), states.sum(0), states.T @ states)
 
     def of_neurons(self, indices: Tensor) -> Moments:
         indices = indices.to(self.total.device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from .checkpoints import BrokenCheckpoint, load_state
 from .config import DistillConfig
-from .data import Blocks, micro_batches
+from .data import Blocks, micro_batches, on_device
 from .discrepancy import Measures, discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
@@ -96,7 +96,7 @@ class Training:
         """Add the gradient of the mean loss over the batch of all processes. Returns the loss terms of that batch."""
         sums, processes = Counter(), PartialState().num_processes
         label_count = int(batch["label_count"])
-        for input_ids, labels, fraction in micro_batches(batch, self.config.micro_batch_size, self.teacher.device):
+        for input_ids, labels, fraction in micro_batches(batch, self.config.micro_batch_size):
             with applied(self.masks), self._recording():
                 terms = self._losses(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
                 terms.total.backward()
@@ -119,12 +119,14 @@ class Training:
         return self.compensation.recording(self.student) if due else nullcontext()
 
     def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
-        """Both models on the same tokens (b, S); the heads run at the loss positions only."""
-        read = {"input_ids": input_ids, "positions": self.loss.loss_positions(labels), "in_pieces": True}
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        """Both models on the same tokens (b, S), from the CPU; the heads run at the loss positions only."""
+        positions, device = self.loss.loss_positions(labels), self.teacher.device
+        input_ids, labels, positions = on_device(device, input_ids, labels, positions)
+        read = {"input_ids": input_ids, "positions": positions, "in_pieces": True}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
                 teacher_outputs = forward(self.cast_teacher, **read) if self.loss.compares else None
-            return self.loss(forward(self.student, **read), teacher_outputs, labels, **part)
+            return self.loss(forward(self.student, **read), teacher_outputs, labels, loss_positions=positions, **part)
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons of highest importance, as many as `widths` has, or mask the others. None if not due."""

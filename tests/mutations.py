@@ -112,8 +112,8 @@ MUTATIONS = [
     ),
     (
         "data",
-        "yield input_ids.to(device), labels.to(device), len(input_ids) / blocks",
-        "yield input_ids.to(device), labels.to(device), 1.0",
+        'yield batch["input_ids"][rows], batch["labels"][rows], len(batch["labels"][rows]) / blocks',
+        'yield batch["input_ids"][rows], batch["labels"][rows], 1.0',
     ),
     (
         "data",
