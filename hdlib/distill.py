@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import MAY_CHANGE, DistillConfig
 from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
 from .models import frozen_copy, recording
-from .precision import bfloat16_gain, recompute_casts, resolve_precision
+from .precision import recompute_casts, resolve_precision
 from .rotation import rotate_heads
 from .runs import RECORDED, Prune, Run
 from .training import Diverged, Pruned, Training
@@ -152,8 +152,7 @@ class _Reporter:
         self.on_step, self.bar, self.main, self.shown = on_step, bar, accelerator.is_main_process, {}
         self._stopped: float | None = None  # the number of processes whose stop was requested
         if self.main and run.config.precision == "auto":
-            gain = f"bfloat16 multiplies {bfloat16_gain(accelerator.device):.1f} times as fast as float32"
-            tqdm.write(f"{run.folder.name}: {training.config.precision} on {accelerator.device.type} ({gain})")
+            tqdm.write(f"{run.folder.name}: {training.config.precision} on {accelerator.device.type}")
 
     def values(self, terms: dict[str, torch.Tensor]) -> dict[str, float]:
         """The loss terms of a step as finite numbers, with one host synchronisation for all."""

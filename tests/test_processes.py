@@ -74,7 +74,8 @@ def agree(one: hdlib.Run, several: hdlib.Run) -> None:
     for name in ("total", *TERMS, "gradient_norm", "held_out_kl"):
         if name in one.metrics:
             expected = one.metrics[name].dropna().tolist()
-            assert several.metrics[name].dropna().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+            tolerance = 1e-3 if name == "gradient_norm" else 1e-4
+            assert several.metrics[name].dropna().tolist() == pytest.approx(expected, rel=tolerance, abs=1e-6), name
     for path in (*one.checkpoints(), *one.folder.glob("student")):
         found = load_file(several.folder / path.relative_to(one.folder) / "model.safetensors")
         for name, weight in load_file(path / "model.safetensors").items():
