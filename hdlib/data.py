@@ -125,15 +125,19 @@ class TrainingBatches(torch.utils.data.Dataset):
         return int(self._order[1][offset])
 
 
-def micro_batches(
-    batch: dict[str, Tensor], size: int, device: torch.device | str
-) -> Iterator[tuple[Tensor, Tensor, float]]:
+def micro_batches(batch: dict[str, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
     """(input_ids, labels, fraction of the batch) for every `size` blocks (0: all) of a batch."""
     blocks = len(batch["input_ids"])
     for start in range(0, blocks, size or blocks):
         rows = slice(start, start + (size or blocks))
-        input_ids, labels = batch["input_ids"][rows], batch["labels"][rows]
-        yield input_ids.to(device), labels.to(device), len(input_ids) / blocks
+        yield batch["input_ids"][rows], batch["labels"][rows], len(batch["labels"][rows]) / blocks
+
+
+def on_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on a device; a GPU copies them from pinned memory, without a host synchronisation."""
+    if device.type != "cuda":
+        return [each.to(device) for each in tensors]
+    return [each.pin_memory().to(device, non_blocking=True) for each in tensors]
 
 
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:

@@ -127,17 +127,20 @@ def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor | None =
 
     `attention_mask` (B, S) is 1 for real tokens and 0 for padding, or None. The teacher has no gradient.
     """
+    count = student.numel()
     if attention_mask is not None:
-        student, teacher = (states[attention_mask.bool()] for states in (student, teacher))  # (N, D)
+        count = student.shape[-1] * at_least_float32(attention_mask.to(student.dtype)).sum()
 
     def piece(rows: slice, gradient: Tensor | None) -> Tensor:
         difference = at_least_float32(student[rows]) - at_least_float32(teacher[rows])
+        if attention_mask is not None:
+            difference.masked_fill_(attention_mask[rows, :, None] == 0, 0.0)
         value = difference.square().sum()
         if gradient is not None:
-            gradient[rows] = difference.mul_(2 / student.numel())
+            gradient[rows] = difference.mul_(2 / count)
         return value
 
-    return _InPieces.apply(student, piece, lambda total: total / student.numel())
+    return _InPieces.apply(student, piece, lambda total: total / count)
 
 
 class _InPieces(torch.autograd.Function):
@@ -313,6 +316,7 @@ class DistillationLoss(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        loss_positions: Tensor | None = None,
         labels_in_batch: int | None = None,
         share: float = 1.0,
     ) -> LossTerms:
@@ -324,6 +328,8 @@ class DistillationLoss(nn.Module):
                 do. The teacher may be None if the loss `compares` nothing.
             labels: (B, S), the token to predict, or -100 where nothing is predicted.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
+            loss_positions: (N,) of the method of this name, made on the CPU; None: made here, with a host
+                synchronisation if the labels are on a GPU.
             labels_in_batch: the number of labels in the whole batch, if this is a part of it; the terms of the parts
                 add up to those of the batch.
             share: the fraction of the batch's blocks that this part has.
@@ -337,7 +343,8 @@ class DistillationLoss(nn.Module):
             if labels_in_batch == 0:
                 raise ValueError("no position of this batch has a label: nothing was masked")
         if weights["mlm"] or weights["prediction"]:
-            terms |= self._vocabulary_terms(student, teacher, labels, attention_mask, labels_in_batch, share)
+            positions = self.loss_positions(labels, attention_mask) if loss_positions is None else loss_positions
+            terms |= self._vocabulary_terms(student, teacher, labels, positions, labels_in_batch, share)
         if weights["hidden"] or weights["embedding"]:
             (embedded, target), *states = _paired("hidden_states", student, teacher, layers + 1)
         if weights["hidden"]:
@@ -362,10 +369,11 @@ class DistillationLoss(nn.Module):
         return any(self.weights[name] for name in TERMS if name != "mlm")
 
     def loss_positions(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The positions at which the loss needs logits, (B, S) of bool."""
+        """The N positions at which the loss needs logits: indices (N,) of the flattened tokens (B x S,)."""
         if self.positions == "masked":
-            return labels != IGNORED
-        return torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+            return (labels != IGNORED).flatten().nonzero()[:, 0]
+        real = torch.ones_like(labels) if attention_mask is None else attention_mask
+        return real.flatten().nonzero()[:, 0]
 
     @torch.no_grad()
     def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -384,11 +392,10 @@ class DistillationLoss(nn.Module):
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
 
     def _vocabulary_terms(
-        self, student, teacher, labels: Tensor, attention_mask: Tensor | None, labels_in_batch: int, share: float
+        self, student, teacher, labels: Tensor, loss_positions: Tensor, labels_in_batch: int, share: float
     ) -> dict[str, Tensor]:
         """The mlm and prediction terms; with logits in pieces, the backward pass recomputes them slice by slice."""
-        loss_positions = self.loss_positions(labels, attention_mask)
-        labels = labels[loss_positions]  # (N,), -100 where there is only a prediction term
+        labels = labels.flatten().index_select(0, loss_positions)  # (N,), -100 where there is only a prediction term
         student = _logits_at(loss_positions, student.logits, "student")
         teacher = _logits_at(loss_positions, teacher.logits, "teacher") if self.weights["prediction"] else None
         labelled = max(1, labels_in_batch)  # without any, both terms are 0
@@ -450,8 +457,8 @@ def _in_teacher_space(states: Tensor, target: Tensor, projection: Tensor) -> Ten
 def _logits_at(loss_positions: Tensor, logits: Tensor | LogitsInPieces, model: str) -> Tensor | LogitsInPieces:
     """Logits at the N loss positions, from logits at those positions or at all (B, S)."""
     if isinstance(logits, Tensor) and logits.dim() == 3:
-        return logits[loss_positions]  # (N, V)
-    given, expected = len(logits.states if isinstance(logits, LogitsInPieces) else logits), int(loss_positions.sum())
+        return logits.flatten(0, 1).index_select(0, loss_positions)  # (N, V)
+    given, expected = len(logits.states if isinstance(logits, LogitsInPieces) else logits), len(loss_positions)
     if given != expected:
         raise ValueError(f"the {model} has logits at {given} positions, the loss needs {expected}: pass loss_positions")
     return logits

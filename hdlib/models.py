@@ -269,7 +269,8 @@ def forward(
     Args:
         model: a model of a supported family with its head.
         input_ids: (B, S).
-        positions: (B, S) of bool, the N loss positions: the head runs there only. None: everywhere.
+        positions: the N loss positions, where the head runs: indices (N,) of the flattened tokens, or (B, S) of bool,
+            with a host synchronisation on a GPU. None: everywhere.
         attention_mask: (B, S), 1 for real tokens and 0 for padding; None if there is no padding.
         in_pieces: return LogitsInPieces if the logits (N, V) are too large to be held.
 
@@ -281,12 +282,13 @@ def forward(
     if family(model).causal:
         inputs["use_cache"] = False
     eager = None if model._supports_sdpa else _SoftmaxInputs()
-    with recording(model), eager or nullcontext():
+    with recording(model), eager or nullcontext(), _unchecked_tokens():
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
     attentions = tuple(eager.layers) if eager else outputs.attentions
     states = outputs.last_hidden_state  # (B, S, D)
     if positions is not None:
-        states = states[positions]  # (N, D)
+        indices = positions.flatten().nonzero()[:, 0] if positions.dtype == torch.bool else positions
+        states = states.flatten(0, 1).index_select(0, indices)  # (N, D)
     logits = LogitsInPieces(states, partial(head, model), model.config.vocab_size)
     if positions is None or not in_pieces or len(logits.slices) <= 1:
         logits = head(model, states)
@@ -305,6 +307,14 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     with patch.object(base_model(model), "forward", lambda *arguments, **options: output):
         logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long), return_dict=True).logits  # (1, N, V)
     return logits.view(*states.shape[:-1], logits.shape[-1])
+
+
+@contextmanager
+def _unchecked_tokens() -> Iterator[None]:
+    """Skip checks of Transformers with a host synchronisation each: for padding, and for several texts in a block."""
+    packed = patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    with packed, patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask"):
+        yield
 
 
 class _SoftmaxInputs(TorchFunctionMode):

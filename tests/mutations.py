@@ -118,8 +118,8 @@ MUTATIONS = [
     ),
     (
         "data",
-        "yield input_ids.to(device), labels.to(device), len(input_ids) / blocks",
-        "yield input_ids.to(device), labels.to(device), 1.0",
+        'yield batch["input_ids"][rows], batch["labels"][rows], len(batch["labels"][rows]) / blocks',
+        'yield batch["input_ids"][rows], batch["labels"][rows], 1.0',
     ),
     (
         "data",
@@ -139,7 +139,9 @@ MUTATIONS = [
         "student.train(modes[1]), teacher.train(modes[0])",
     ),
     ("discrepancy", "sums[name] += float(mean) * count", "sums[name] += float(mean)"),
-    ("training", 'parameter.grad = reduce(parameter.grad, "sum")', 'parameter.grad = reduce(parameter.grad, "mean")'),
+    ("training", "(processes * terms.total).backward()", "terms.total.backward()"),
+    ("training", "if each != sums[0]]", "if each != each]"),
+    ("training", "each.grad is None and each not in", "each.grad is not None and each not in"),
     ("training", "share=fraction / processes", "share=fraction"),
     ("training", "decayed = [parameter for parameter in parameters if parameter.dim() > 1]", "decayed = parameters"),
     ("training", "self.importance.narrow(kept)", "pass"),

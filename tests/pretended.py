@@ -11,6 +11,7 @@ from hdlib.downstream.finetune import open_with_head
 from hdlib.lab import cost
 
 from conftest import ARGUMENTS, full
+from models import random_model
 from pretend_device import DEVICE, pretend_device  # noqa: F401
 
 PRETENDED = (
@@ -57,6 +58,31 @@ def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
         torch.zeros(3, device=DEVICE) + torch.zeros(3)
     assert (torch.zeros(3, device=DEVICE) + 1).tolist() == [1.0] * 3
     assert pretend_device.waits["outside of the library"] == 1
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("bert", {"compensate": True, "micro_batch_size": 3}),
+        ("gpt2", {}),  # this one, and the last two: families with checks of their own on the tokens
+        *full(
+            ("bert", {"micro_batch_size": 3}),
+            ("bert", {"recover": True, "positions": "all", "attention_target": "probs"}),
+            ("deberta-v2", {}),
+            ("gemma3", {}),
+        ),
+    ],
+)
+def test_a_step_waits_for_the_device_once(kind, options, tmp_path, pretend_device):  # noqa: F811
+    """Outside of prunes and held-out measures: to log the loss terms and the gradient's norm."""
+    teacher, waits = random_model(kind, vocabulary=cases.VOCABULARY), []
+    options = {"steps": 5, "precision": "float32", "prune_start": 0.8, "prune_end": 1.0} | options
+    config = hdlib.DistillConfig(**cases.CONFIG | options)
+    hdlib.distill(
+        teacher, *cases._text(teacher), config, tmp_path, on_step=lambda _: waits.append(pretend_device.waits.copy())
+    )
+    during = waits[3] - waits[1]  # steps 2 and 3
+    assert list(during.values()) == [2] and next(iter(during)).startswith("distill.py"), during
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -197,9 +197,13 @@ def test_logits_at_the_labels_only():
     outputs = forward(model, input_ids, labels != -100)
     assert outputs.logits.shape == (int((labels != -100).sum()), 60)
     torch.testing.assert_close(outputs.logits, model(input_ids).logits[labels != -100])
+    indices = loss_for(model).loss_positions(labels)  # (N,)
+    assert torch.equal(forward(model, input_ids, indices).logits, outputs.logits)
     teacher_outputs = forward(random_bert(seed=5), input_ids)
     expected = loss_for(model)(forward(model, input_ids), teacher_outputs, labels)
-    torch.testing.assert_close(loss_for(model)(outputs, teacher_outputs, labels).total, expected.total)
+    for options in ({}, {"loss_positions": indices}):
+        terms = loss_for(model)(outputs, teacher_outputs, labels, **options)
+        torch.testing.assert_close(terms.total, expected.total)
 
 
 def test_prediction_at_all_positions():
@@ -230,7 +234,7 @@ def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
         student_outputs = forward(model, input_ids, loss_positions, in_pieces=True)
         assert isinstance(student_outputs.logits, torch.Tensor) == (max_logits == 2**25)
         if isinstance(student_outputs.logits, torch.Tensor):
-            close(student_outputs.logits, model(input_ids).logits[loss_positions], 1e-12)
+            close(student_outputs.logits, model(input_ids).logits.flatten(0, 1)[loss_positions], 1e-12)
         model.zero_grad()
         terms = loss(student_outputs, teacher_outputs, labels)
         terms.total.backward()

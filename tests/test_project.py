@@ -107,6 +107,7 @@ def test_teaching_notebooks_run(path, tmp_path):
         assert result["norms_count_zeros"] > 0.05 and result["attention_scale_forgotten"] > 0.005
         assert result["families"] == len(FAMILIES)
         assert result["kl_sensitivity"] < result["kl_magnitude"] < result["kl_random"]
+        assert 0 < result["fold_error"] < 0.9, "share of the sliced error"
     else:
         assert result["largest_difference"] <= 1e-5, "by hand and by the library"
 

@@ -183,14 +183,6 @@ def test_processes_detects_batches_that_count_their_own_labels(monkeypatch):
         red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
 
 
-def test_processes_detects_a_reduction_of_some_gradients(monkeypatch):
-    """The parameters of the loss are left out."""
-    every = Training.parameters.fget
-    monkeypatch.setattr(Training, "parameters", property(lambda self: every(self)[::2]))
-    with Doubles():
-        red(invariants.processes, random_bert().double(), NARROW, random_batch(size=8))
-
-
 # A family with one wrong entry in its table fails its invariants.
 @pytest.mark.parametrize(
     "name, width, pattern, row",
