@@ -2,7 +2,8 @@
 
 A layer that reads x = (x_K, x_P), kept and removed neurons, can read x_P ~ A x_K + c instead: W_K += W_P A and
 b += W_P c. A and c are a ridge regression on moments of x, which come from the training batches. The student stays a
-dense stock model. Sources: He et al., ICCV 2017, for channels; Kurtic et al., 2023 (ZipLM, arXiv 2302.04089).
+dense stock model. Feed-forward neurons are removed as they are: they cost little, and their moments, of the widest
+states, cost most. Sources: He et al., ICCV 2017, for channels; Kurtic et al., 2023 (ZipLM, arXiv 2302.04089).
 
 Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among them.
 """
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import HIDDEN
+from .families import FFN, HIDDEN
 from .losses import DistillationLoss
 from .models import base_model
 from .narrowing import kept_indices, sites_of
 from .widths import Axis, Block, axes_of, family, width_groups
 
-WINDOW = 8  # steps before a prune whose batches give moments
+WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
 ENOUGH = 50  # tokens for each neuron: fewer are often alike, and an exact fit of them does not carry over
@@ -170,7 +171,7 @@ class _Layers(NamedTuple):
             if weight is None:
                 continue
             of_weight, axis = axes[names[weight]], input_axis(module)
-            if axis is not None and of_weight[axis]:
+            if axis is not None and of_weight[axis] and not of_weight[axis][0].group.endswith(FFN):
                 (readers if len(sites[weight]) == 1 else tied)[name] = of_weight[axis]
             elif len(of_weight) == 1 and of_weight[0] and of_weight[0][0].group == HIDDEN:
                 norms[name] = of_weight[0]
