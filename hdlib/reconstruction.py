@@ -255,14 +255,14 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     that deviation is taken as equal for all tokens. targets (K, D); None: its output of before.
     """
     kept, layer_norm = kept.to(mean.device), isinstance(norm, nn.LayerNorm)
-    targets = torch.eye(len(mean)).to(mean)[kept] if targets is None else targets
     shifted = layer_norm and norm.bias is not None
     scale, shift = norm.weight.to(mean)[kept], norm.bias.to(mean)[kept] if shifted else torch.zeros_like(mean[kept])
     inverse = torch.where(scale.abs() > 1e-4 * scale.abs().max(), 1 / scale, 0.0)  # x = scale n + shift, n normed
     center = mean if shifted else torch.zeros_like(mean)
     covariance = products - torch.outer(center, center)
     own = covariance[kept][:, kept] * torch.outer(inverse, inverse)  # of n
-    with_targets = inverse[:, None] * (covariance[kept] @ targets.T)  # of n_j and target i
+    with_targets = covariance[kept][:, kept] if targets is None else covariance[kept] @ targets.T
+    with_targets = inverse[:, None] * with_targets  # of n_j and target i
     of_n = (mean[kept] - shift) * inverse
     second = products[kept][:, kept] * torch.outer(inverse, inverse) if not shifted else own + torch.outer(of_n, of_n)
     deviation = second.diagonal().mean()
@@ -276,7 +276,8 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     new = deviation.sqrt() * with_own / own_of.clamp(min=torch.finfo(own.dtype).tiny)
     norm.weight[kept] = new.to(norm.weight)
     if shifted:
-        norm.bias[kept] = (targets @ mean - new * of_n / deviation.sqrt()).to(norm.bias)
+        mean_target = mean[kept] if targets is None else targets @ mean
+        norm.bias[kept] = (mean_target - new * of_n / deviation.sqrt()).to(norm.bias)
 
 
 def input_axis(module: nn.Module) -> int | None:
