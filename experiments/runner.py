@@ -19,11 +19,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic
 
 import nbformat
 import psutil
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from ipykernel.kernelspec import write_kernel_spec
@@ -46,13 +49,16 @@ class Runner:
         study: the study.
         folder: of the study at this scale.
         minutes: time limit of a cell; a cell that exceeds it is stopped and repeated once.
-        jobs: cells at the same time; they share the cores.
+        jobs: cells at the same time; they share the cores, and each has one of the GPUs.
     """
 
     def __init__(self, study: Study, folder: Path, minutes: float, jobs: int = 1):
         self.study, self.folder, self.minutes, self.jobs = study, folder.resolve(), minutes, jobs
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
+        self._gpus: SimpleQueue[str] = SimpleQueue()  # a place for every job
+        for _, gpu in zip(range(jobs), cycle(_gpus() or [""]), strict=False):
+            self._gpus.put(gpu)
 
     def done(self, cell: Cell) -> bool:
         """Whether the cell has finished with these parameters. Raises ConfigError if it has finished with others."""
@@ -132,7 +138,9 @@ class Runner:
         """The exit status; None after the time limit."""
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-k", "python3", "--cwd", NOTEBOOKS]
         command += ["-f", folder / "parameters.yaml", self.study.notebook, folder / "notebook.ipynb"]
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        if gpu := self._gpus.get():
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with tempfile.TemporaryDirectory() as jupyter, (folder / "log.txt").open("w") as log:
             write_kernel_spec(Path(jupyter) / "kernels" / "python3")  # this interpreter, before any other python3
             process = subprocess.Popen(
@@ -141,7 +149,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": threads, "JUPYTER_PATH": jupyter},
+                env=os.environ | environment | {"JUPYTER_PATH": jupyter},
             )
             self._running.add(process)
             try:
@@ -153,6 +161,7 @@ class Runner:
                 return None
             finally:
                 self._running.discard(process)
+                self._gpus.put(gpu)
 
     def _parameters(self, cell: Cell, folder: Path, draw_only: bool) -> dict:
         managed = {"runs": str(self.folder / "runs"), "results": str(folder), "draw_only": draw_only}
@@ -160,6 +169,12 @@ class Runner:
 
     def _folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,17 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import MAY_CHANGE, DistillConfig
 from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
 from .models import frozen_copy, recording
-from .precision import bfloat16_gain, recompute_casts, resolve_precision
+from .precision import recompute_casts, resolve_precision
 from .rotation import rotate_heads
 from .runs import RECORDED, Prune, Run
-from .training import Pruned, Training, in_any_process
+from .training import Diverged, Pruned, Training
 from .widths import Widths, family, width_groups
 
 ROTATED = 128  # blocks whose moments decide how heads are rotated
-
-
-class Diverged(ArithmeticError):
-    """The loss or its gradient is not finite; the message names the step and the term."""
 
 
 class Stopped(RuntimeError):
@@ -68,7 +65,7 @@ def distill(
     Raises:
         ValueError: the run is impossible, or the launcher asks for another one; raised before the first step.
         FileExistsError: `run_dir` holds another run, or another process writes to it.
-        Diverged: a loss or gradient is not finite.
+        Diverged: a loss or gradient is not finite, or processes have different weights.
         Stopped: SIGTERM; the step was completed and saved.
         MemoryError: out of memory; the message names the settings to lower.
         OSError: a file could not be written. As after all others but the first, `resume` continues.
@@ -107,7 +104,7 @@ def _homotopy(training: Training, batches: Iterator[dict[str, torch.Tensor]], re
     config, student, optimizer = training.config, training.student, training.optimizer
     if training.step == 0:
         report.step({})
-    with recording(training.cast_teacher, student), recompute_casts(student), _stop_request() as stopped:
+    with recording(training.cast_teacher, student), recompute_casts(student), _stop_request(training):
         for step, batch in enumerate(batches, training.step + 1):
             training.start_step(step)
             # 1. Loss: forward of teacher and student on the same tokens, total loss, backward.
@@ -117,8 +114,7 @@ def _homotopy(training: Training, batches: Iterator[dict[str, torch.Tensor]], re
                 training.importance.update(student)
             # 3. Optimiser step.
             terms["gradient_norm"] = clip_grad_norm_(training.parameters, config.max_grad_norm)
-            numbers = torch.stack([*terms.values()]).tolist()  # one host synchronisation for all
-            values = report.finite(dict(zip(terms, numbers, strict=True)))
+            values = report.values(terms)
             optimizer.step()
             training.learning_rate.step()
             optimizer.zero_grad()
@@ -128,7 +124,7 @@ def _homotopy(training: Training, batches: Iterator[dict[str, torch.Tensor]], re
             pruned = training.prune(widths)
             training.stop_clock()
             report.step(values, pruned)
-            report.checkpoint(stopped())
+            report.checkpoint()
 
 
 def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -154,9 +150,15 @@ class _Reporter:
     def __init__(self, accelerator: Accelerator, run: Run, training: Training, tokenizer, on_step, bar: tqdm):
         self.accelerator, self.run, self.training, self.tokenizer = accelerator, run, training, tokenizer
         self.on_step, self.bar, self.main, self.shown = on_step, bar, accelerator.is_main_process, {}
+        self._stopped: float | None = None  # the number of processes whose stop was requested
         if self.main and run.config.precision == "auto":
-            gain = f"bfloat16 multiplies {bfloat16_gain(accelerator.device):.1f} times as fast as float32"
-            tqdm.write(f"{run.folder.name}: {training.config.precision} on {accelerator.device.type} ({gain})")
+            tqdm.write(f"{run.folder.name}: {training.config.precision} on {accelerator.device.type}")
+
+    def values(self, terms: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The loss terms of a step as finite numbers, with one host synchronisation for all."""
+        values = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
+        self._stopped = values.pop("stop_requested", None)
+        return self.finite(values)
 
     def finite(self, values: dict[str, float]) -> dict[str, float]:
         """The values themselves. Raises Diverged if one is not finite."""
@@ -202,11 +204,13 @@ class _Reporter:
         if self.on_step:
             self.on_step(record)
 
-    def checkpoint(self, stopped: bool) -> None:
+    def checkpoint(self) -> None:
         """Save a checkpoint if it is due; raise Stopped if the run was stopped before its last step."""
         training, step, config = self.training, self.training.step, self.training.config
+        stopped = training.stop_requested if self._stopped is None else self._stopped
         if step == config.steps or not (stopped or step % config.checkpoint_every == 0):
             return
+        training.synchronise()
         if self.main:
             self.run.save_checkpoint(step, training.student, self.tokenizer, training.state(), config.keep_last)
         self.accelerator.wait_for_everyone()  # no process may end the run while the checkpoint is written
@@ -275,15 +279,13 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 @contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Yield a function that is True in all processes once one of them has received SIGTERM.
-
-    They must stop after the same step: the others would wait forever. Only the main thread can receive signals.
-    """
-    received, main_thread = [], threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True)) if main_thread else None
+def _stop_request(training: Training) -> Iterator[None]:
+    """Let SIGTERM set `training.stop_requested`. Only the main thread can receive signals."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    request = partial(setattr, training, "stop_requested", True)
+    before = signal.signal(signal.SIGTERM, lambda *_: request()) if main_thread else None
     try:
-        yield lambda: in_any_process(bool(received))
+        yield
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)

@@ -52,11 +52,6 @@ class Moments(NamedTuple):
         indices = indices.to(self.total.device)
         return Moments(self.tokens, self.total[indices], self.products[indices][:, indices])
 
-    def over_processes(self) -> Moments:
-        if PartialState().num_processes == 1:
-            return self
-        return Moments(*(reduce(each.clone(), "sum") for each in self))
-
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of x (D,) and of x x' (D, D), float64, on the CPU for an Apple device, which has none."""
         tokens, total, products = ((each.cpu() if each.device.type == "mps" else each).double() for each in self)
@@ -107,7 +102,9 @@ class Compensation:
     def _after_base(self, _base, _inputs, outputs) -> None:
         if outputs.hidden_states is not None:  # not the call of the head, which has given states
             read = {f"{STATES}{layer}": [states] for layer, states in enumerate(outputs.hidden_states)}
-            self._read |= read | {LAST: [outputs.last_hidden_state]}
+            read |= {LAST: [outputs.last_hidden_state]}
+            width = self._layers.hidden[0].size  # the last states of OPT-350m have another, which is fixed
+            self._read |= {name: states for name, states in read.items() if states[0].shape[-1] == width}
 
     @torch.no_grad()
     def _sum(self, read: dict[str, list[Tensor]], base: str) -> None:
@@ -123,13 +120,18 @@ class Compensation:
             past = self._moments.get(first)
             self._moments[first] = new if past is None else Moments(*map(torch.add, past, new))
 
+    def share(self) -> None:
+        """Give every process the mean of the moments of all; call it before `apply` and before a checkpoint."""
+        for name, sums in self._moments.items():
+            self._moments[name] = Moments(*(reduce(each, "mean") for each in sums))
+
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:
         """Change weights so that `hdlib.narrow` to the neurons `kept` changes outputs and projections little."""
         layers = self._layers or _Layers.of(model)
         axes = layers.readers | layers.tied | layers.norms
         axes |= {name: layers.hidden for name in self._source if name.startswith(STATES)}
-        fits = _Fits({name: sums.over_processes() for name, sums in self._moments.items()}, self._source, axes, kept)
+        fits = _Fits(self._moments, self._source, axes, kept)
         for name in filter(fits.narrows, layers.readers):
             module = model.get_submodule(name)
             weight = module.weight if input_axis(module) == 0 else module.weight.T  # (D, out)
@@ -199,7 +201,8 @@ class _Fits:
         source = self.source[name]
         if (source, centred) not in self._made:
             tokens, total, _ = self.moments[source]
-            ridge = RIDGE if tokens > ENOUGH * len(total) else RIDGE_OF_FEW
+            read = PartialState().num_processes * tokens  # by all of them
+            ridge = RIDGE if read > ENOUGH * len(total) else RIDGE_OF_FEW
             self._made[source, centred] = regression(*self.means(name), self.indices(name), centred, ridge)
         return self._made[source, centred]
 

@@ -5,7 +5,9 @@ score of a neuron is the sum over all elements it owns: the slices of its width 
 pass and before gradient clipping and the optimiser's step, while weights and gradients belong together.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -33,13 +35,16 @@ class Scorer:
     @torch.no_grad()
     def update(self, model: PreTrainedModel) -> None:
         """Add the present weights and gradients of a model to the average; the first update starts it."""
-        axes, sums = axes_of(model), {}
+        axes, scores = axes_of(model), defaultdict(list)
         for name, element in self._elements(model, axes):
             for group, score in _owned(element, axes[name]):
-                sums[group] = sums[group] + score if group in sums else score
-        for group, new in sums.items():
-            past = self._averages.get(group)
-            self._averages[group] = new if past is None else torch.lerp(new, past, self.smoothing)
+                scores[group].append(score)
+        sums = [first for first, *_ in scores.values()]
+        for others in zip_longest(*(others for _, *others in scores.values())):  # few kernels for all groups together
+            pairs = [pair for pair in zip(sums, others, strict=True) if pair[1] is not None]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        past = [self._averages.get(group, new) for group, new in zip(scores, sums, strict=True)]
+        self._averages = dict(zip(scores, torch._foreach_lerp(sums, past, self.smoothing), strict=True))
 
     def scores(self) -> dict[str, Tensor]:
         """Group name to a vector of importances, at least 0, one per neuron; larger means keep."""
@@ -60,15 +65,18 @@ class Scorer:
     def _elements(self, model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]]) -> Iterator[tuple[str, Tensor]]:
         """Parameter names and element scores; a parameter whose rows are no neurons (embeddings) comes in pieces."""
         for name, parameter, gradient in _with_gradients(model):
-            for rows in pieces(parameter, parameter[0].numel()) if axes[name][0] is None else [slice(None)]:
+            if axes[name][0] is not None:
+                yield name, self.element(parameter, gradient)
+                continue
+            for rows in pieces(parameter, parameter[0].numel()):
                 yield name, self.element(parameter[rows], gradient[rows])
 
 
 def _with_gradients(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, parameter and gradient; a gradient that is None (parameter unused in this batch) is 0."""
     for name, parameter in model.named_parameters():
-        zero = parameter.new_zeros(()).expand_as(parameter)
-        yield name, parameter, zero if parameter.grad is None else parameter.grad
+        zero = parameter.new_zeros(()).expand_as(parameter) if parameter.grad is None else None
+        yield name, parameter, parameter.grad if zero is None else zero
 
 
 def _owned(element: Tensor, axes: tuple[Axis, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -78,7 +86,7 @@ def _owned(element: Tensor, axes: tuple[Axis, ...]) -> Iterator[tuple[str, Tenso
         along = element.sum(others) if others and blocks else element
         for block in blocks or ():
             own = along[block.start : block.start + block.size * block.unit]
-            yield block.group, own.reshape(block.size, block.unit).sum(1)
+            yield block.group, own if block.unit == 1 else own.reshape(block.size, block.unit).sum(1)
     # In the transform of BERT's MLM head neuron i owns row i and column i: count their crossing once.
     if len(axes) > 1 and axes[0] and axes[0] == axes[1]:
         crossing = element.diagonal()  # (..., D): the dimensions after the first two, then the diagonal

@@ -1,14 +1,16 @@
 """All state that changes during training, and the operations of one step on it."""
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import NamedTuple, Self
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
-from torch import Tensor
+from accelerate.utils import broadcast, gather, reduce
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
@@ -26,6 +28,10 @@ from .reconstruction import WINDOW, Compensation
 from .runs import Run
 from .scorers import scorer
 from .widths import Widths, all_neurons, source_layers
+
+
+class Diverged(ArithmeticError):
+    """A loss or gradient is not finite, or processes have different weights; the message names the step."""
 
 
 class Pruned(NamedTuple):
@@ -52,6 +58,7 @@ class Training:
         warmup = round(config.warmup * config.steps)
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
+        self.stop_requested, self._module = False, None
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
 
     @classmethod
@@ -93,18 +100,22 @@ class Training:
         self.seconds += self.last_seconds
 
     def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the gradient of the mean loss over the batch of all processes. Returns the loss terms of that batch."""
+        """Add the gradient of the mean loss over the batch of all processes. Returns the loss terms of that batch.
+
+        With several processes, "stop_requested" is the number of those whose stop was requested.
+        """
         sums, processes = Counter(), PartialState().num_processes
         label_count = int(batch["label_count"])
-        for input_ids, labels, fraction in micro_batches(batch, self.config.micro_batch_size):
-            with applied(self.masks), self._recording():
-                terms = self._losses(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
-                terms.total.backward()
+        parts = [*micro_batches(batch, self.config.micro_batch_size)]
+        self._module = self._module or self._one_module(*parts[0][:2])
+        for number, (input_ids, labels, fraction) in enumerate(parts, 1):
+            accumulates = processes > 1 and number < len(parts)
+            with applied(self.masks), self._recording(), self._module.no_sync() if accumulates else nullcontext():
+                terms = self._module(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
+                (processes * terms.total).backward()  # the engine averages over processes; shares add up
             sums.update(terms.named())
-        if processes > 1:  # so that all processes compute the same scores and keep the same neurons
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = reduce(parameter.grad, "sum")
+        if processes > 1:
+            sums["stop_requested"] = terms.total.new_full((), self.stop_requested)
             sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "sum"), strict=True))
         if self.masks is not None:
             self.masks.mask_gradients()
@@ -117,6 +128,24 @@ class Training:
         """Moments for the compensation of a prune that is due within a few steps."""
         due = self.compensation and self.config.widths_at(self.step + WINDOW, self.teacher, self.target) != self.widths
         return self.compensation.recording(self.student) if due else nullcontext()
+
+    def _one_module(self, input_ids: Tensor, labels: Tensor) -> nn.Module:
+        """Student and loss as one module, whose forward is `_losses`; in several processes PyTorch's engine around it.
+
+        The engine broadcasts the weights of the first process, and averages gradients during the backward pass. It
+        must know the parameters without gradient: those without optimiser state, before the first step by a trial.
+        """
+        module = _StudentAndLoss(self.student, self.loss, self._losses)
+        if PartialState().num_processes == 1:
+            return module
+        if not self.optimizer.state:
+            module(input_ids, labels, labels_in_batch=1).total.backward()
+        named = [*module.named_parameters(remove_duplicate=False)]  # a tied parameter has several names
+        idle = [name for name, each in named if each.grad is None and each not in self.optimizer.state]
+        self.optimizer.zero_grad()
+        idle += [name for name, _ in module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, idle)
+        return DistributedDataParallel(module, bucket_cap_mb=25)
 
     def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
         """Both models on the same tokens (b, S), from the CPU; the heads run at the loss positions only."""
@@ -133,8 +162,10 @@ class Training:
         due = widths != self.widths if self.masks is None else self.config.chooses_at(self.step)
         if not due or not widths.fits_in(self.widths):
             return None
+        self.synchronise()
         measured = self.discrepancy() if self.config.eval_prunes else None
-        pruned = Pruned(self.importance.scores(), self.kept, measured)
+        scores = {name: score.to(self.teacher.device) for name, score in self.importance.scores().items()}
+        pruned = Pruned(broadcast(scores), self.kept, measured)  # all processes keep the neurons of the first
         if self.masks is not None:
             self.masks.choose(widths, pruned.scores)
         else:
@@ -145,7 +176,22 @@ class Training:
             self.importance.narrow(kept)
             self.loss.narrow(kept, self.optimizer)
             self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
+            self._module = None
         return pruned
+
+    def synchronise(self) -> None:
+        """Share out the moments over all processes. Raise Diverged in all if the weights of one are not the first's."""
+        if PartialState().num_processes == 1:
+            return
+        if self.compensation is not None:
+            self.compensation.share()
+        bits = torch.stack([parameter.detach().view(torch.int32).sum() for parameter in self.parameters])
+        sums = gather(bits.sum()[None]).tolist()  # (processes,)
+        if different := [process for process, each in enumerate(sums) if each != sums[0]]:
+            raise Diverged(
+                f"step {self.step}: the weights of process {different[0]} differ from those of process 0, so that each "
+                "trains another model; continue from the last checkpoint with resume=True"
+            )
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -185,9 +231,7 @@ def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: Distill
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 
-def in_any_process(condition: bool) -> bool:
-    """Whether the condition holds in at least one process; the same answer in all of them."""
-    processes = PartialState()
-    if processes.num_processes == 1:
-        return condition
-    return bool(reduce(torch.tensor(float(condition), device=processes.device), "sum"))
+class _StudentAndLoss(nn.Module):
+    def __init__(self, student: PreTrainedModel, loss: DistillationLoss, losses: Callable[..., LossTerms]):
+        super().__init__()
+        self.student, self.loss, self.forward = student, loss, losses

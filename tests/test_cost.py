@@ -101,6 +101,11 @@ def test_flops_of_a_family_whose_forward_reads_values():
 SMALL = {"steps": 100, "batch_size": 8, "micro_batch_size": 2, "target": 0.5, "precision": "float32"}
 
 
+def test_models_on_different_devices_are_not_compared():
+    with pytest.raises(ValueError, match="different devices, cpu, meta: move all to one"):
+        cost.latency({"teacher": random_model("bert"), "student": random_model("bert").to("meta")})
+
+
 def forward(teacher, widths, loss_positions):
     """Operations of one block of 16 tokens."""
     shape = type(teacher.config)(**teacher.config.to_dict())

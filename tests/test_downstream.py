@@ -556,6 +556,16 @@ def test_diverged_training_raises(checkpoint, easy):
         downstream.finetune(checkpoint, *easy, config)
 
 
+def test_a_trainer_uses_one_gpu_of_several(monkeypatch):
+    """It would wrap the model in DataParallel, and use the batch size on each."""
+    seen = []
+    monkeypatch.setattr(FINETUNE.TrainingArguments, "n_gpu", 4)
+    monkeypatch.setattr(FINETUNE, "Trainer", lambda model, arguments, **_: seen.append(arguments._n_gpu))
+    with pytest.raises(AttributeError):  # there is no Trainer
+        FINETUNE.train_with(None, None, FineTuneConfig(), 1.0, None)
+    assert seen == [1]
+
+
 def test_bfloat16_learns_the_same_task(checkpoint, easy, tmp_path):
     """Matrix products in bfloat16, weights in float32."""
     found = downstream.finetune(checkpoint, *easy, FineTuneConfig(precision="bfloat16", **QUICK), save_to=tmp_path)

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -122,6 +124,29 @@ def test_a_grid_gives_a_table_and_a_figure(workshop, monkeypatch, capsys, tmp_pa
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
     assert run(monkeypatch, "toy") == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*")}
+
+
+def test_every_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """Two cells at a time, twice."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    together, seen = threading.Barrier(2, timeout=20), []
+
+    class Process:
+        def __init__(self, command, env, **_):
+            seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self, _):
+            together.wait()
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    ours = runner.Runner(Study("toy", "", tmp_path, {}, []), tmp_path, 1, jobs=2)
+    folders = [tmp_path / "one", tmp_path / "other"]
+    with ThreadPoolExecutor(2) as pool:
+        for folder in folders:
+            folder.mkdir()
+        for _ in range(2):
+            list(pool.map(ours._papermill, folders))
+    assert sorted(seen[:2]) == sorted(seen[2:]) == ["3", "5"]
 
 
 def test_a_failed_cell_is_reported_and_the_others_run(workshop, monkeypatch, capsys):

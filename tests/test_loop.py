@@ -250,13 +250,12 @@ def test_a_batch_without_a_label_does_not_end_the_run(teacher, tokenizer, blocks
     assert run.finished and not {"mlm", "prediction"} & set(run.metrics) and {"total"} <= set(run.metrics)
 
 
+@pytest.mark.full  # test_processes compares the runs of one process and of several, without the launcher
 @pytest.mark.parametrize(
     "name, options, processes",
     [
         ("bert", {"micro_batch_size": 3}, (1, 2)),
-        pytest.param("bert", {}, (1, 2, 4), marks=pytest.mark.full),
-        pytest.param("qwen3", {"causal": True, "micro_batch_size": 3}, (1, 2), marks=pytest.mark.full),
-        pytest.param("gpt2", {"causal": True, "recover": True}, (1, 2), marks=pytest.mark.full),
+        ("qwen3", {"causal": True, "recover": True}, (1, 2)),
     ],
 )
 def test_the_command_in_one_process_and_in_several(tmp_path, tokenizer, text_file, name, options, processes):

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from importlib import import_module
 
 import pytest
 import torch
@@ -27,6 +26,14 @@ def test_auto_is_the_faster_precision(gain, expected, monkeypatch):
     assert precision.resolve_precision("auto", torch.device("cpu")) == expected
     assert precision.resolve_precision("bfloat16", torch.device("cpu")) == "bfloat16"
     assert precision.resolve_precision("float32", torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_measures_nothing_on_a_gpu(supported, expected, monkeypatch):
+    """The product is too small to tell; emulated bfloat16 does not count as supported."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(precision, "bfloat16_gain", pytest.fail)
+    assert precision.resolve_precision("auto", torch.device("cuda")) == expected
 
 
 def test_the_gain_is_measured_on_a_linear_layer(monkeypatch):
@@ -116,8 +123,7 @@ def test_a_run_reports_its_precision_and_keeps_it(teacher, tokenizer, blocks, tm
             raise KeyboardInterrupt
 
     def started_with(gain, folder):
-        for module in (precision, import_module("hdlib.distill")):
-            monkeypatch.setattr(module, "bfloat16_gain", lambda device: gain)
+        monkeypatch.setattr(precision, "bfloat16_gain", lambda device: gain)
         with pytest.raises(KeyboardInterrupt):
             hdlib.distill(
                 teacher,
@@ -130,7 +136,7 @@ def test_a_run_reports_its_precision_and_keeps_it(teacher, tokenizer, blocks, tm
 
     started_with(3.0, tmp_path / "fast")
     printed = "".join(capsys.readouterr())
-    assert "fast: bfloat16 on cpu" in printed and "3.0 times as fast" in printed
+    assert "fast: bfloat16 on cpu" in printed
     started_with(0.5, tmp_path / "slow")
     assert hdlib.Run.load(tmp_path / "fast").arguments["precision"] == "bfloat16"
     assert hdlib.Run.load(tmp_path / "slow").arguments["precision"] == "float32"

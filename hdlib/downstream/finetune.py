@@ -121,6 +121,7 @@ def train_with(model: PreTrainedModel, rows, config, epochs: float, collator, **
             dataloader_pin_memory=torch.cuda.is_available(),
             **more,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # in a notebook Trainer would split batches over all GPUs
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
         trainer.remove_callback(PrinterCallback)  # the measures are returned
         seconds = trainer.train().metrics["train_runtime"]

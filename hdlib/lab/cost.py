@@ -75,8 +75,10 @@ def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int
     """Milliseconds of one forward of each model, with the head at every position: the median over `repeats`.
 
     The models alternate, so that other load on the machine affects all of them alike. On a GPU each forward is
-    synchronised with the host.
+    synchronised with the host. Raises ValueError for models on different devices.
     """
+    if len(devices := {str(model.device) for model in models.values()}) > 1:
+        raise ValueError(f"the models are on different devices, {', '.join(sorted(devices))}: move all to one")
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(WARM_UP + repeats):
         for name, model in models.items():
