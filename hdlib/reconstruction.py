@@ -2,7 +2,8 @@
 
 A layer that reads x = (x_K, x_P), kept and removed neurons, can read x_P ~ A x_K + c instead: W_K += W_P A and
 b += W_P c. A and c are a ridge regression on moments of x, which come from the training batches. The student stays a
-dense stock model. Sources: He et al., ICCV 2017, for channels; Kurtic et al., 2023 (ZipLM, arXiv 2302.04089).
+dense stock model. Feed-forward neurons are removed as they are: they cost little, and their moments, of the widest
+states, cost most. Sources: He et al., ICCV 2017, for channels; Kurtic et al., 2023 (ZipLM, arXiv 2302.04089).
 
 Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among them.
 """
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import HIDDEN
+from .families import FFN, HIDDEN
 from .losses import DistillationLoss
 from .models import base_model
 from .narrowing import kept_indices, sites_of
 from .precision import doubled
 from .widths import Axis, Block, axes_of, family, width_groups
 
-WINDOW = 8  # steps before a prune whose batches give moments
+WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
 ENOUGH = 50  # tokens for each neuron: fewer are often alike, and an exact fit of them does not carry over
@@ -173,7 +174,7 @@ class _Layers(NamedTuple):
             if weight is None:
                 continue
             of_weight, axis = axes[names[weight]], input_axis(module)
-            if axis is not None and of_weight[axis]:
+            if axis is not None and of_weight[axis] and not of_weight[axis][0].group.endswith(FFN):
                 (readers if len(sites[weight]) == 1 else tied)[name] = of_weight[axis]
             elif len(of_weight) == 1 and of_weight[0] and of_weight[0][0].group == HIDDEN:
                 norms[name] = of_weight[0]
@@ -258,14 +259,14 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     that deviation is taken as equal for all tokens. targets (K, D); None: its output of before.
     """
     kept, layer_norm = kept.to(mean.device), isinstance(norm, nn.LayerNorm)
-    targets = torch.eye(len(mean)).to(mean)[kept] if targets is None else targets
     shifted = layer_norm and norm.bias is not None
     scale, shift = norm.weight.to(mean)[kept], norm.bias.to(mean)[kept] if shifted else torch.zeros_like(mean[kept])
     inverse = torch.where(scale.abs() > 1e-4 * scale.abs().max(), 1 / scale, 0.0)  # x = scale n + shift, n normed
     center = mean if shifted else torch.zeros_like(mean)
     covariance = products - torch.outer(center, center)
     own = covariance[kept][:, kept] * torch.outer(inverse, inverse)  # of n
-    with_targets = inverse[:, None] * (covariance[kept] @ targets.T)  # of n_j and target i
+    with_targets = covariance[kept][:, kept] if targets is None else covariance[kept] @ targets.T
+    with_targets = inverse[:, None] * with_targets  # of n_j and target i
     of_n = (mean[kept] - shift) * inverse
     second = products[kept][:, kept] * torch.outer(inverse, inverse) if not shifted else own + torch.outer(of_n, of_n)
     deviation = second.diagonal().mean()
@@ -279,7 +280,8 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     new = deviation.sqrt() * with_own / own_of.clamp(min=torch.finfo(own.dtype).tiny)
     norm.weight[kept] = new.to(norm.weight)
     if shifted:
-        norm.bias[kept] = (targets @ mean - new * of_n / deviation.sqrt()).to(norm.bias)
+        mean_target = mean[kept] if targets is None else targets @ mean
+        norm.bias[kept] = (mean_target - new * of_n / deviation.sqrt()).to(norm.bias)
 
 
 def input_axis(module: nn.Module) -> int | None:

@@ -14,7 +14,7 @@ from hdlib.models import forward, student_of
 from hdlib.narrowing import choose
 from hdlib.reconstruction import RIDGE, Compensation, Moments, _Layers, regression
 from hdlib.rotation import rotate_heads
-from hdlib.widths import source_layers, width_groups
+from hdlib.widths import all_neurons, source_layers, width_groups
 
 from conftest import ARGUMENTS, full, random_batch, random_bert
 from invariants import close, loss_for, sensitivities
@@ -145,23 +145,22 @@ def test_a_fold_of_nothing_changes_nothing(kind):
 
 
 def test_neurons_that_others_express_are_removed_without_a_trace():
-    """Half of the feed-forward neurons and of the values of each head are copies of the others."""
+    """Half of the values of each head are copies of the others: the output matrix can do without them."""
     model = random_bert().eval()
+    heads, half = Widths.of(model).heads, Widths.of(model).head_dim // 2
+    kept, layers = all_neurons(model), model.bert.encoder.layer
     with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            inner = layer.intermediate.dense
-            half = inner.out_features // 2
-            inner.weight[half:], inner.bias[half:] = inner.weight[:half], inner.bias[:half]
-            layer.output.dense.weight[:, half:] *= -0.3
-    compensation, loss = observed(model), loss_for(model)
-    scores = {name: torch.arange(group.size, 0, -1.0) for name, group in width_groups(model).items()}
-    widths = Widths(ffn=Widths.of(model).ffn // 2).resolved(model)
-    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            for parameter in layer.attention.self.value.parameters():
+                by_head = parameter.unflatten(0, (heads, -1))  # (H, E, ...)
+                by_head[:, half:] = by_head[:, :half]
+            kept[f"layer.{number}.value_output"] = torch.arange(2 * heads * half).view(heads, -1)[:, :half].flatten()
         expected = model(rows()).logits
         sliced = copy.deepcopy(model)
-        hdlib.narrow(sliced, widths, scores)
-        compensation.apply(model, loss, choose(scores, Widths.of(model), widths, source_layers(model)))
-        hdlib.narrow(model, widths, scores)
+        observed(model).apply(model, loss_for(model), kept)
+        for each in (sliced, model):
+            for layer in each.bert.encoder.layer:
+                layer.attention.output.dense.weight.unflatten(1, (heads, -1))[:, :, half:] = 0.0
         error = (model(rows()).logits - expected).abs().max()
         assert error < 1e-5 * (sliced(rows()).logits - expected).abs().max()
 
@@ -196,8 +195,8 @@ def test_moments_follow_a_prune():
     scores, widths = sensitivities(model, random_batch()), Widths.at(model, 0.75)
     kept = choose(scores, Widths.of(model), widths, source_layers(model))
     compensation.apply(model, loss, kept)
-    name = "bert.encoder.layer.0.output.dense"
-    own = kept["layer.0.ffn"]
+    name = "bert.encoder.layer.0.attention.output.dense"
+    own = kept["layer.0.value_output"]
     assert torch.equal(compensation._moments[name].products, before[name].products[own][:, own])
     hdlib.narrow(model, widths, scores)
     again = choose(sensitivities(model, random_batch()), widths, Widths.at(random_bert(), 0.5), source_layers(model))
