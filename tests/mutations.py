@@ -34,7 +34,7 @@ NEAREST = {
     "runs": "neurons loop faults",
     "schedules": "schedules",
     "scorers": "scorers loop",
-    "training": "loop masking reconstruction invariants",
+    "training": "processes loop masking reconstruction invariants",
     "widths": "widths loop",
 }
 MUTATIONS = [
@@ -43,11 +43,7 @@ MUTATIONS = [
     ("schedules", "min(max((step - start)", "min(max((step - start + 1)"),
     ("losses", ".mul_(temperature / count)", ".mul_(1 / count)"),
     ("losses", "total * (temperature**2 / count)", "total * (temperature / count)"),
-    (
-        "losses",
-        "gradient[rows] = difference.mul_(2 / student.numel())",
-        "gradient[rows] = difference.mul_(1 / student.numel())",
-    ),
+    ("losses", "gradient[rows] = difference.mul_(2 / count)", "gradient[rows] = difference.mul_(1 / count)"),
     ("losses", "probabilities.mul_(labelled[rows, None]).div_(count)", "probabilities.div_(count)"),
     ("losses", "torch.full_like(label, -1, dtype", "torch.full_like(label, 1, dtype"),
     ("losses", "factor = gradient_of_loss * 2 * context", "factor = gradient_of_loss * context"),
@@ -64,7 +60,7 @@ MUTATIONS = [
     ("losses", 'terms["hidden"] = share * sum(', 'terms["hidden"] = sum('),
     ("losses", "attended is None else real & attended", "attended is None else real"),
     ("scorers", "return (parameter * gradient).abs_()", "return parameter * gradient"),
-    ("scorers", "torch.lerp(new, past, self.smoothing)", "torch.lerp(past, new, self.smoothing)"),
+    ("scorers", "torch._foreach_lerp(sums, past,", "torch._foreach_lerp(past, sums,"),
     ("scorers", "-crossing.flatten(0, -2).sum(0) if crossing.dim() > 1 else -crossing", "0 * crossing"),
     (
         "scorers",
