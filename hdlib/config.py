@@ -32,7 +32,9 @@ class DistillConfig:
     batch_size: int = option(32, "B, blocks per step over all processes", least=1)
     micro_batch_size: int = option(0, "blocks per forward pass; gradients add up; 0: all blocks of a process", least=0)
     target: float | Widths | dict = option(0.29, "fraction of every width to keep, or the shape to reach")  # noqa: RUF009
-    multiple_of: int = option(1, "divides hidden and feed-forward widths, except a given target's; 16 is fast", least=1)
+    multiple_of: int = option(
+        1, "divides hidden and feed-forward widths, except a given target's; 8 or 16 on GPUs", least=1
+    )
     initial: str = option("teacher", "student at step 0: a copy of the teacher, or random weights of the target shape")
 
     # Pruning, from step t_i to step t_f

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -282,8 +281,8 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 def _stop_request(training: Training) -> Iterator[None]:
     """Let SIGTERM set `training.stop_requested`. Only the main thread can receive signals."""
     main_thread = threading.current_thread() is threading.main_thread()
-    request = partial(setattr, training, "stop_requested", True)
-    before = signal.signal(signal.SIGTERM, lambda *_: request()) if main_thread else None
+    request = lambda *_: setattr(training, "stop_requested", True)  # noqa: E731
+    before = signal.signal(signal.SIGTERM, request) if main_thread else None
     try:
         yield
     finally:

@@ -370,10 +370,8 @@ class DistillationLoss(nn.Module):
 
     def loss_positions(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The N positions at which the loss needs logits: indices (N,) of the flattened tokens (B x S,)."""
-        if self.positions == "masked":
-            return (labels != IGNORED).flatten().nonzero()[:, 0]
         real = torch.ones_like(labels) if attention_mask is None else attention_mask
-        return real.flatten().nonzero()[:, 0]
+        return (labels != IGNORED if self.positions == "masked" else real).flatten().nonzero()[:, 0]
 
     @torch.no_grad()
     def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:

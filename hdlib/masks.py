@@ -42,6 +42,7 @@ class Masks:
         self._groups, self._axes = width_groups(model), axes_of(model)
         self.widths = Widths.of(model)
         self.kept = all_neurons(model)
+        self._masked: list[tuple[nn.Parameter, int, Tensor]] = []  # of `_masked_weights`, on their device
 
     def choose(self, widths: Widths, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the highest scores, as many as `widths` gives, and mask the others; returns those kept.
@@ -58,7 +59,7 @@ class Masks:
             chosen = choose(left, wide, widths, source_layers(self.model))
             self.kept = {name: candidates[name][indices.cpu()] for name, indices in chosen.items()}
         self.widths = widths
-        self._pair_heads()
+        self._place()
         return self.kept
 
     @contextmanager
@@ -67,7 +68,7 @@ class Masks:
         with ExitStack() as stack:
             for hook in self._mask_norms():
                 stack.callback(hook.remove)
-            for parameter, axis, indices in self._masked_weights():
+            for parameter, axis, indices in self._masked:
                 stack.enter_context(_zeroed(parameter, axis, indices))
             yield
 
@@ -75,7 +76,7 @@ class Masks:
     def mask_gradients(self) -> None:
         """Without recovery, set the gradients of masked weights to 0, as if these were removed."""
         if not self.recover:
-            for parameter, axis, indices in self._masked_weights():
+            for parameter, axis, indices in self._masked:
                 if parameter.grad is not None:
                     parameter.grad.index_fill_(axis, indices, 0.0)
 
@@ -101,9 +102,11 @@ class Masks:
     def load_state_dict(self, state: dict) -> None:
         self.kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
         self.widths = Widths(**state["widths"])
-        self._pair_heads()
+        self._place()
 
-    def _pair_heads(self) -> None:
+    def _place(self) -> None:
+        """Copy the indices that every step needs to the device, once for each choice."""
+        self._masked = [*self._masked_weights()]
         if self.loss is not None:
             device, layers = self.loss.heads.device, range(len(self.loss.heads))
             self.loss.heads = torch.stack([self.kept[f"layer.{layer}.heads"] for layer in layers]).to(device)

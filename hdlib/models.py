@@ -282,7 +282,10 @@ def forward(
     if family(model).causal:
         inputs["use_cache"] = False
     eager = None if model._supports_sdpa else _SoftmaxInputs()
-    with recording(model), eager or nullcontext(), _unchecked_tokens():
+    # Each of these checks waits for the device: whether a block has several texts, whether it has padding.
+    packed = patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    padded = patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask")
+    with recording(model), eager or nullcontext(), packed, padded:
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
     attentions = tuple(eager.layers) if eager else outputs.attentions
     states = outputs.last_hidden_state  # (B, S, D)
@@ -307,14 +310,6 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     with patch.object(base_model(model), "forward", lambda *arguments, **options: output):
         logits = model(input_ids=row.new_zeros(row.shape[:2], dtype=torch.long), return_dict=True).logits  # (1, N, V)
     return logits.view(*states.shape[:-1], logits.shape[-1])
-
-
-@contextmanager
-def _unchecked_tokens() -> Iterator[None]:
-    """Skip checks of Transformers with a host synchronisation each: for padding, and for several texts in a block."""
-    packed = patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-    with packed, patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask"):
-        yield
 
 
 class _SoftmaxInputs(TorchFunctionMode):

@@ -75,14 +75,19 @@ def test_the_pretend_device_refuses_mixed_tensors(pretend_device):  # noqa: F811
 )
 def test_a_step_waits_for_the_device_once(kind, options, tmp_path, pretend_device):  # noqa: F811
     """Outside of prunes and held-out measures: to log the loss terms and the gradient's norm."""
-    teacher, waits = random_model(kind, vocabulary=cases.VOCABULARY), []
+    teacher, waits, copies = random_model(kind, vocabulary=cases.VOCABULARY), [], []
     options = {"steps": 5, "precision": "float32", "prune_start": 0.8, "prune_end": 1.0} | options
     config = hdlib.DistillConfig(**cases.CONFIG | options)
-    hdlib.distill(
-        teacher, *cases._text(teacher), config, tmp_path, on_step=lambda _: waits.append(pretend_device.waits.copy())
-    )
+
+    def count(_record):
+        waits.append(pretend_device.waits.copy())
+        copies.append(pretend_device.copies.copy())
+
+    hdlib.distill(teacher, *cases._text(teacher), config, tmp_path, on_step=count)
     during = waits[3] - waits[1]  # steps 2 and 3
     assert list(during.values()) == [2] and next(iter(during)).startswith("distill.py"), during
+    copied = {place.partition(":")[0] for place in copies[3] - copies[1]}
+    assert copied <= {"data.py", "models.py"}, "of the library only the batch; DeBERTa has constants of its own"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

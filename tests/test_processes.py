@@ -1,6 +1,7 @@
 """Several processes: the neurons, losses and weights of one process, few collectives, a disturbed one is found."""
 
 import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -113,6 +114,25 @@ def _disturbed(rank: int, folder: Path) -> None:
     run(kind, options, folder / name, resume=True)
     assert counted[7] == 2, "the gradients, less than 25 MB, and the loss terms"
     _run_all(rank, folder, dict(others))
+
+
+def _asked_to_stop(rank: int, folder: Path) -> None:
+    start_step = Training.start_step
+
+    def signalled(self, step):
+        start_step(self, step)
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Training.start_step = signalled
+    with pytest.raises(hdlib.Stopped, match="stopped after step 2"):
+        run("bert", {}, folder / "run")
+
+
+def test_all_processes_stop_after_the_same_step(tmp_path):
+    """The request of one travels with the loss terms of the step."""
+    in_processes(2, _asked_to_stop, tmp_path)
+    assert [path.name for path in hdlib.Run.load(tmp_path / "run").checkpoints()] == ["step_00000002"]
 
 
 @pytest.mark.full
