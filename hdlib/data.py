@@ -135,9 +135,8 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> Iterator[tuple[Tensor,
 
 def on_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """The tensors on a device; a GPU copies them from pinned memory, without a host synchronisation."""
-    if device.type != "cuda":
-        return [each.to(device) for each in tensors]
-    return [each.pin_memory().to(device, non_blocking=True) for each in tensors]
+    pins = device.type == "cuda"
+    return [(each.pin_memory() if pins else each).to(device, non_blocking=pins) for each in tensors]
 
 
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:

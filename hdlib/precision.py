@@ -18,8 +18,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """The given precision; for "auto" the faster one here: bfloat16 on a GPU with such units, else as measured."""
     if precision != "auto":
         return precision
-    on_gpu = device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported(False) if on_gpu else bfloat16_gain(device) >= MINIMUM_GAIN
+    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bfloat16_gain(device) >= MINIMUM_GAIN
     return "bfloat16" if fast else "float32"
 
 

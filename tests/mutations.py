@@ -137,6 +137,7 @@ MUTATIONS = [
     ("discrepancy", "sums[name] += float(mean) * count", "sums[name] += float(mean)"),
     ("training", "(processes * terms.total).backward()", "terms.total.backward()"),
     ("training", "if each != sums[0]]", "if each != each]"),
+    ("training", "self.compensation.share()", "pass"),
     ("training", "each.grad is None and each not in", "each.grad is not None and each not in"),
     ("training", "share=fraction / processes", "share=fraction"),
     ("training", "decayed = [parameter for parameter in parameters if parameter.dim() > 1]", "decayed = parameters"),

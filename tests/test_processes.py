@@ -24,8 +24,8 @@ VOCABULARY = 96
 OPTIONS = {"steps": 8, "precision": "float32", "prune_end": 0.5, "eval_every": 8, "checkpoint_every": 3}
 LATE = {"prune_start": 0.5, "prune_end": 0.8}  # a fit on few tokens enlarges differences in rounding
 RUNS = {
-    "micro-batches": ("bert", {"micro_batch_size": 3}),
     "compensated": ("bert", {"rotate": True, "compensate": True} | LATE),
+    "micro-batches": ("bert", {"micro_batch_size": 3}),
 }
 FULL = {
     "no head": ("bert", {"mlm": 0.0, "prediction": 0.0, "hidden": 0.0}),  # parameters without gradient
@@ -84,14 +84,14 @@ def agree(one: hdlib.Run, several: hdlib.Run) -> None:
 
 
 def test_two_processes(tmp_path):
-    """Micro-batches of unequal numbers of labels, and a compensated run."""
+    """A compensated run that is disturbed and resumed, and micro-batches of unequal numbers of labels."""
     in_processes(2, _disturbed, tmp_path)
     for name, (kind, options) in RUNS.items():
         agree(run(kind, options, tmp_path / "one" / name), hdlib.Run.load(tmp_path / name))
 
 
 def _disturbed(rank: int, folder: Path) -> None:
-    """A bit of a process flips after the last prune, which is found at the next checkpoint; then the run is resumed."""
+    """A bit of a process flips, which is found at the next prune or checkpoint; then the run is resumed."""
     start_step, forward_backward, counted = Training.start_step, Training.forward_backward, {}
 
     def disturb(self, step):
@@ -112,8 +112,8 @@ def _disturbed(rank: int, folder: Path) -> None:
         run(kind, options, folder / name)
     Training.start_step = start_step
     run(kind, options, folder / name, resume=True)
-    assert counted[7] == 2, "the gradients, less than 25 MB, and the loss terms"
     _run_all(rank, folder, dict(others))
+    assert counted[7] == 2, "the gradients of all micro-batches, less than 25 MB, and the loss terms"
 
 
 def _asked_to_stop(rank: int, folder: Path) -> None:
