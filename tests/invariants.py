@@ -177,8 +177,7 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
         optimizer.step()
         unused = {name for name, parameter in loss.named_parameters() if parameter.grad is None}
         used = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
-        moments = {name: optimizer.state[student.get_parameter(name)]["exp_avg"].clone() for name in used}
-        before = {name: (student.get_parameter(name).detach().clone(), moment) for name, moment in moments.items()}
+        before = {name: _products(student.get_parameter(name), optimizer) for name in used}
         scorer = hdlib.scorer("sensitivity")
         scorer.update(student)
         optimizer.zero_grad()
@@ -191,7 +190,9 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
         idle |= {parameter for name, parameter in loss.named_parameters() if name in unused}
         assert len(idle) <= 1, "unused: one bias of an untied BERT, or the last projection of a projected OPT"
         assert set(optimizer.state) == set(trained) - idle, "state of removed parameters, or state that was lost"
-        _moments_follow(student, optimizer, before)
+        for name, products in before.items():
+            for now, earlier in zip(_products(student.get_parameter(name), optimizer), products, strict=True):
+                assert are_among(now, earlier), name
         now = {name: student.get_parameter(name).detach().clone() for name in used}
         backward(student, teacher, batch, loss)
         optimizer.step()
@@ -201,20 +202,19 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
         after_each(student)
 
 
-def _moments_follow(student, optimizer, before) -> None:
-    """Each element kept its moment: the products weight x moment after the prune are among those before it.
+def _products(parameter, optimizer) -> list[torch.Tensor]:
+    """Of each weight with its moments; they do not depend on the attention scale folded into the queries."""
+    state, weight = optimizer.state[parameter], parameter.detach().double()
+    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape
+    return [weight * state["exp_avg"], weight.square() * state["exp_avg_sq"]]
 
-    The product does not depend on the attention scale folded into the queries.
-    """
-    for name, (weight, past) in before.items():
-        parameter = student.get_parameter(name)
-        moment = optimizer.state[parameter]["exp_avg"]
-        assert moment.shape == parameter.shape == optimizer.state[parameter]["exp_avg_sq"].shape
-        after = (parameter * moment).detach().double().flatten()
-        earlier = (weight * past).double().flatten().sort().values
-        right = torch.searchsorted(earlier, after).clamp(max=len(earlier) - 1)
-        nearest = torch.minimum((earlier[right] - after).abs(), (earlier[(right - 1).clamp(min=0)] - after).abs())
-        assert (nearest <= 1e-6 * after.abs() + 1e-12).all(), name
+
+def are_among(products: torch.Tensor, earlier: torch.Tensor) -> bool:
+    """Whether each number is one of the earlier ones: every element kept what belongs to it."""
+    after, earlier = products.double().flatten(), earlier.double().flatten().sort().values
+    right = torch.searchsorted(earlier, after).clamp(max=len(earlier) - 1)
+    nearest = torch.minimum((earlier[right] - after).abs(), (earlier[(right - 1).clamp(min=0)] - after).abs())
+    return bool((nearest <= 1e-6 * after.abs() + 1e-12).all())
 
 
 def taylor(teacher: PreTrainedModel, batch, neurons: int = 3, epsilon: float = 1e-6) -> None:

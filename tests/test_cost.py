@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import astuple
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -129,6 +130,7 @@ def test_a_projection_adds_up(name, causal):
     assert found.tokens_per_second == pytest.approx(100 * 8 * 16 / (found.hours * 3600))
     assert found.operations == pytest.approx(found.operations_per_second * found.hours * 3600)
 
+    @cache
     def operations(widths):
         return forward(teacher, widths, 16 if causal else 2)
 

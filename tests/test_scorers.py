@@ -10,7 +10,7 @@ import hdlib
 from hdlib import Widths
 
 from conftest import random_batch, random_bert
-from invariants import backward
+from invariants import are_among, backward
 from models import random_model
 
 
@@ -203,6 +203,13 @@ def test_scores_follow_a_prune(trained):
     backward(trained, copy.deepcopy(trained), random_batch())
     scorer.update(trained)
     assert all(len(score) == len(kept[name]) for name, score in scorer.scores().items())
+
+
+def test_gradients_follow_a_prune(trained):
+    before = {name: (parameter * parameter.grad).detach() for name, parameter in trained.named_parameters()}
+    hdlib.narrow(trained, Widths(hidden=8, ffn=7, head_dim=2, heads=4))
+    for name, parameter in trained.named_parameters():
+        assert are_among((parameter * parameter.grad).detach(), before[name])
 
 
 def test_the_highest_scores_are_kept(trained):

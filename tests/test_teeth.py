@@ -111,6 +111,11 @@ def test_live_optimizer_detects_moments_of_other_neurons(monkeypatch):
     red(invariants.live_optimizer, random_bert(), [NARROW], random_batch())
 
 
+def test_live_optimizer_detects_second_moments_that_are_scaled_once(monkeypatch):
+    monkeypatch.setattr(narrowing, "_divided", lambda value, factor, _: value if factor is None else value / factor)
+    red(invariants.live_optimizer, random_bert(), [NARROW], random_batch())
+
+
 @pytest.mark.parametrize(
     "element",
     [
