@@ -135,9 +135,13 @@ class DistillConfig:
             return
         teacher.sentence_pooling.prompt(train.prompt)
         terms = [name for name, weight in self.loss_options().items() if name in ENCODER_TERMS and weight]
-        _require(terms, f"a sentence encoder has no mlm term: set a weight above 0 for one of {', '.join(ENCODER_TERMS)}")
+        _require(
+            terms, f"a sentence encoder has no mlm term: set a weight above 0 for one of {', '.join(ENCODER_TERMS)}"
+        )
         whole = processes == 1 and not self.micro_batch_size
-        _require(whole or not self.similarity, "similarity needs the whole batch: use micro_batch_size=0 and one process")
+        _require(
+            whole or not self.similarity, "similarity needs the whole batch: use micro_batch_size=0 and one process"
+        )
 
     def _check_blocks(self, train, validation, vocabulary: int) -> None:
         for part, blocks in (("training", train), ("validation", validation)):

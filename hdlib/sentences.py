@@ -186,7 +186,9 @@ def read_modules(source: str) -> Modules | None:
     paths = [module["path"] for module in modules]
     known = ("Transformer", "Pooling", "Dense", "Normalize")
     if unknown := [module["type"] for module, kind in zip(modules, kinds, strict=True) if kind not in known]:
-        raise ValueError(f"{source}: the module {unknown[0]} is not supported: use an encoder made of {', '.join(known)}")
+        raise ValueError(
+            f"{source}: the module {unknown[0]} is not supported: use an encoder made of {', '.join(known)}"
+        )
     if kinds != ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense"), *["Normalize"] * ("Normalize" in kinds)]:
         order = "Transformer, Pooling, any number of Dense, at most one Normalize"
         raise ValueError(f"{source}: its modules are {', '.join(kinds)}: they must be {order}")
@@ -200,7 +202,9 @@ def read_modules(source: str) -> Modules | None:
     )
     of_tokenizer = _json(source, f"{paths[0]}/sentence_bert_config.json".lstrip("/")) or {}
     if of_tokenizer.get("do_lower_case"):
-        raise ValueError(f"{source}: do_lower_case is true in sentence_bert_config.json: use the tokenizer's own setting")
+        raise ValueError(
+            f"{source}: do_lower_case is true in sentence_bert_config.json: use the tokenizer's own setting"
+        )
     return Modules(pooling, paths[0], of_tokenizer.get("max_seq_length"))
 
 
@@ -221,13 +225,19 @@ def _modes(source: str, path: str) -> tuple[str, ...]:
 def _dense(source: str, path: str) -> Dense:
     config = _json(source, f"{path}/config.json") or {}
     activation = config.get("activation_function", "torch.nn.Tanh").rpartition(".")[2]
-    others = {"use_residual": False, "module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    others = {
+        "use_residual": False,
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    }
     changed = [name for name, usual in others.items() if (config.get(name) or usual) != usual]
     if activation not in ACTIVATIONS or changed:
         setting = changed[0] if changed else f"the activation {config['activation_function']}"
         raise ValueError(f"{source}/{path}: {setting} of a dense layer is not supported: use {', '.join(ACTIVATIONS)}")
     if (file := _file(source, f"{path}/model.safetensors")) is None:
-        raise ValueError(f"{source}/{path} has no model.safetensors: open it with sentence-transformers and save it again")
+        raise ValueError(
+            f"{source}/{path} has no model.safetensors: open it with sentence-transformers and save it again"
+        )
     weights = load_file(file)
     return Dense(weights["linear.weight"].float(), weights.get("linear.bias"), activation)
 

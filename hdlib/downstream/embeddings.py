@@ -33,7 +33,7 @@ def load_pairs(
     name = Path(source).name
     rows = load_parts(name, source, {part: part}, (*texts, *([score] if score else [])))[part]
     if score is None:
-        score, rows = "score", rows.add_column("score", [1.0] * len(rows))
+        score, rows = "score", rows.select_columns(texts).add_column("score", [1.0] * len(rows))
     return labelled(Task(name=name, texts=texts, label=score, regression=True), part, rows, None)
 
 

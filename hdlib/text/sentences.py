@@ -21,6 +21,7 @@ END = re.compile(  # of a sentence: a stop, but not of an initial or a title; th
     r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))(?<!\b\w\.)(?<!\b[A-Z][a-z]\.)\s+(?=\W?[^\W_a-z])|(?<=[。！？])"""
 )
 TOGETHER = 1000  # sentences that are encoded together
+MANY = 0.1  # a larger fraction of sentences that are cut gives a warning
 RECIPE = 1  # raise it when a change in this file changes the sentences
 
 
@@ -61,7 +62,9 @@ def load_sentences(
     if "validation" not in documents:
         documents = _hold_out(*documents["train"], seed)
     options = (text_column, tokenizer, length, prompt or "", passages)
-    found = {part: Sentences(*_encoded(rows, *options), tokenizer.pad_token_id, prompt) for part, rows in documents.items()}
+    found = {
+        part: Sentences(*_encoded(rows, *options), tokenizer.pad_token_id, prompt) for part, rows in documents.items()
+    }
     held_out = found.get("validation", found["train"])
     count = len(held_out) if "validation" in found else max(1, len(held_out) // HELD_OUT)
     drawn = np.random.default_rng(seed).permutation(len(held_out))[: min(count, validation_sentences)]
@@ -71,9 +74,9 @@ def load_sentences(
         if len(sentences) == 0:
             raise ValueError(f"{name_or_path}: no sentence is left for the {part} part: pass more text")
         _check_unknown(sentences, tokenizer, f"{name_or_path}: the {part} part")
-        if cut := int((sentences.lengths == length).sum()):
-            share = f"{cut:,} of {len(sentences):,} {part} sentences"
-            warnings.warn(f"{share} fill all {length} tokens, and their ends may be missing: raise length", stacklevel=2)
+        if (full := float((sentences.lengths == length).double().mean())) > MANY:
+            what = f"{full:.0%} of the {part} sentences have {length} tokens, and their ends may be missing"
+            warnings.warn(f"{name_or_path}: {what}: raise length", stacklevel=2)
     return train, validation
 
 
