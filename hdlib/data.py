@@ -86,7 +86,7 @@ class Sentences(Blocks):
         return type(self).of(sentences, self.pad_token_id, self.prompt)
 
     def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """A random order of an epoch in which a batch has sentences of similar length; the last partial one is left out."""
+        """A random order of an epoch in which a batch has sentences of similar length, without a last partial one."""
         pools = torch.randperm(len(self), generator=generator).split(POOL * batch_size)
         pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in pools]
         whole = [pool[: len(pool) // batch_size * batch_size].view(-1, batch_size) for pool in pools]

@@ -313,9 +313,9 @@ def _card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
 | shape | {Widths.of(student)} | {Widths.of(teacher)} |
 {rows}
 Measured on {min(config["eval_blocks"], blocks["validation"])} held-out {text}. {discrepancy}
-Training: {config["steps"]:,} steps of {config["batch_size"]:,} {text.split()[0]}, {tokens:,} tokens; initial={config["initial"]},
-schedule={config["schedule"]}, scorer={config["scorer"]}, learning_rate={config["learning_rate"]:g},
-seed={config["seed"]}, precision={run.arguments["precision"]};
+Training: {config["steps"]:,} steps of {config["batch_size"]:,} {text.split()[0]}, {tokens:,} tokens;
+initial={config["initial"]}, schedule={config["schedule"]}, scorer={config["scorer"]},
+learning_rate={config["learning_rate"]:g}, seed={config["seed"]}, precision={run.arguments["precision"]};
 {", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
 """
 
@@ -333,8 +333,8 @@ divergence to the teacher: {last["held_out_kl"]:.3f} nats; same first choice: {l
 
 def _of_encoder(last: dict) -> tuple[str, str, str, str]:
     discrepancy = f"""Mean cosine distance
-to the teacher's embeddings: {last["held_out_cosine_distance"]:.3f}; of the 10 sentences nearest by the teacher, found in
-its index: {last["held_out_recall"]:.1%}."""
-    purpose = """A sentence encoder for sentence-transformers, whose embeddings are in the space of its teacher, so that it
-searches an index built by the teacher"""
+to the teacher's embeddings: {last["held_out_cosine_distance"]:.3f}; of the teacher's 10 nearest sentences, found in its
+index: {last["held_out_recall"]:.1%}."""
+    purpose = """A sentence encoder for sentence-transformers. It embeds into the space of its teacher, so that it
+searches an index built by the teacher. It was"""
     return purpose, "", "sentences", discrepancy

@@ -1,4 +1,4 @@
-"""Sentence encoders: how the states of the tokens become one vector, and folders in the format of sentence-transformers.
+"""Sentence encoders: from the states of tokens to one vector, and folders in the format of sentence-transformers.
 
 A sentence encoder is a stock model without a head. Its attribute `sentence_pooling` holds what sentence-transformers
 stores in modules of its own. Shapes: B sentences, S tokens, D hidden width (Dt of the teacher, Ds of the student),

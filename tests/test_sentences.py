@@ -1,4 +1,4 @@
-"""Sentence encoders: the invariants without a head and with padding, folders of sentence-transformers, text, measures."""
+"""Sentence encoders: invariants without a head and with padding, folders of sentence-transformers, text, measures."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 import hdlib
 from hdlib import DistillationLoss, DistillConfig, Pooling, Widths
+from hdlib.config import ENCODER_TERMS
 from hdlib.data import Sentences, TrainingBatches, micro_batches, sample
 from hdlib.downstream import load_pairs, retrieval, sts
 from hdlib.lab.export import save_sentence_encoder, to_onnx
@@ -130,7 +131,7 @@ def test_parts_of_a_padded_batch_add_up(name):
             for parameter in student.parameters():
                 parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
         whole = TrainingBatches(
-            Sentences.of([row[mask.bool()].numpy() for row, mask in zip(*batch.values())]), None, 4, 0
+            Sentences.of([row[mask.bool()].numpy() for row, mask in zip(*batch.values(), strict=True)]), None, 4, 0
         )
         for size in (0, 1, 3):
             student.zero_grad()
@@ -243,17 +244,15 @@ def test_a_run_from_start_to_end(run, tokenizer, text):
         1,
         1,
     ]
-    assert all(metrics.loc[1, term] == 0.0 for term in ("prediction", "similarity", "hidden", "attention", "embedding"))
-    assert all(metrics.loc[12, term] > 0.0 for term in ("prediction", "similarity", "hidden", "attention", "embedding"))
+    assert metrics.loc[1, [*ENCODER_TERMS]].eq(0.0).all() and metrics.loc[12, [*ENCODER_TERMS]].gt(0.0).all()
     assert "mlm" not in metrics and "held_out_kl" not in metrics and run.measure == "held_out_cosine_distance"
-    assert 0 < metrics["held_out_cosine_distance"].iloc[-1] < 1 and "held_out_hidden" in metrics or True
+    assert 0 < metrics["held_out_cosine_distance"].iloc[-1] < 1
     student, its_tokenizer = run.student()
     assert Widths.of(student) == Widths.at(teacher, 0.5) and its_tokenizer.model_max_length == 32
     with torch.no_grad():
         embeddings = hdlib.encode(student, its_tokenizer, text[:5])
         expected = hdlib.encode(teacher, tokenizer, text[:5])
     assert embeddings.shape == expected.shape == (5, 24)
-    # the held-out distance of the record is that of the saved student
     assert "sentence-similarity" in (run.student_folder / "README.md").read_text()
     assert (run.student_folder / "2_Dense/model.safetensors").exists()
     assert "cosine distance to the teacher" in hdlib.lab.run_figure.RunFigure(run).describe(12)
@@ -289,9 +288,7 @@ def test_a_resumed_run_is_the_same(run, data, tokenizer, tmp_path):
     assert whole.metrics["total"].equals(resumed.metrics["total"])
 
 
-@pytest.mark.parametrize(
-    "change", [{"masked": True}, {"initial": "random"}, {"micro_batch_size": 3}, {"recover": True}]
-)
+@pytest.mark.parametrize("change", [{"masked": True}, {"initial": "random", "micro_batch_size": 3}])
 def test_other_settings(change, encoder, data, tokenizer, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"steps": 4} | change)
     student, _ = hdlib.distill(encoder, tokenizer, *data, config, tmp_path).student()
@@ -331,12 +328,12 @@ def test_an_encoder_without_settings_gets_mean_pooling_and_says_so(encoder, toke
     loaded, _ = hdlib.load_teacher(tmp_path)
     assert loaded.sentence_pooling.modes == ("mean",) and not loaded.pooler.dense.weight.any()
     assert "BertModel, mean pooling, normalised, no prompts, 32 tokens" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is no teacher: .* or a sentence encoder by load_teacher"):
+    with pytest.raises(ValueError, match=r"is no teacher: .* or a sentence encoder by load_teacher"):
         hdlib.models.check_teacher(encoder)
 
 
 CHANGES = {
-    "unknown module": ("modules.json", lambda m: m[:2] + [m[1] | {"type": "x.models.LSTM"}], "module x.models.LSTM"),
+    "unknown module": ("modules.json", lambda m: [*m[:2], m[1] | {"type": "x.models.LSTM"}], "module x.models.LSTM"),
     "order": ("modules.json", lambda m: [m[0], m[2], m[1]], "must be Transformer, Pooling"),
     "unknown mode": ("1_Pooling/config.json", lambda c: c | {"pooling_mode": "weightedmean"}, "mode weightedmean"),
     "old unknown mode": (
@@ -385,7 +382,7 @@ def test_pickled_dense_weights_are_refused(encoder, tokenizer, tmp_path):
     encoder.sentence_pooling = Pooling(dense=(Dense(torch.randn(3, 24)),))
     save_sentence_encoder(encoder, tokenizer, tmp_path / "model")
     (tmp_path / "model/2_Dense/model.safetensors").rename(tmp_path / "model/2_Dense/pytorch_model.bin")
-    with pytest.raises(ValueError, match="2_Dense has no model.safetensors"):
+    with pytest.raises(ValueError, match=r"2_Dense has no model\.safetensors"):
         hdlib.load_teacher(tmp_path / "model")
 
 
@@ -413,6 +410,7 @@ print(json.dumps([SentenceTransformer(folder, device="cpu").encode(texts).tolist
         torch.testing.assert_close(torch.tensor(embeddings), own, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full  # the export takes seconds
 def test_onnx_gives_embeddings(run, tmp_path):
     student, its_tokenizer = run[1].student()
     assert to_onnx(student, tmp_path / "model.onnx") <= 1e-5

@@ -131,7 +131,8 @@ def plot_arms(
     """One measure over the training of every arm: the mean of its seeds, and their range as a band.
 
     `runs` are from `hdlib.lab.Study.distill`. `measure` is a column of `Run.metrics`, None the held-out discrepancy;
-    loss and seconds are running medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at each step.
+    loss and seconds are running medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at
+    each step.
     """
     column = "elapsed" if x == "seconds" else x
     measure = measure or next((run.measure for each in runs.values() for run in each), "held_out_kl")

@@ -88,7 +88,7 @@ def sentences_of(text: str, passages: bool = False) -> Iterator[str]:
                 yield sentence.strip()
 
 
-def _encoded(documents: list[Dataset], column: str, tokenizer, length: int, prompt: str, passages: bool):
+def _encoded(column: str, tokenizer, length: int, prompt: str, passages: bool, documents: list[Dataset]):
     """The tokens (T,) and lengths (N,) of the different sentences of the documents, from the cache."""
     tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for part in documents:
