@@ -161,7 +161,7 @@ class Compensation:
 def real_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     """(N, D) from states (B, S, D), without padding; other states, such as those of relative positions, are whole."""
     padded = attention_mask is not None and states.shape[:-1] == attention_mask.shape
-    return states[attention_mask.bool()] if padded else states.flatten(0, -2)
+    return states[attention_mask.to(states.device).bool()] if padded else states.flatten(0, -2)
 
 
 class _Layers(NamedTuple):
