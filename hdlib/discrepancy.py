@@ -107,7 +107,7 @@ def discrepancy(
         read += len(real)
     student.train(modes[0]), teacher.train(modes[1])
     if encoder:
-        first, kl_of_blocks = _of_embeddings(*map(torch.cat, zip(*of_blocks, strict=True))), None
+        first, kl_of_blocks = embedding_measures(*map(torch.cat, zip(*of_blocks, strict=True))), None
     else:
         first, kl_of_blocks = _mean_of_blocks(torch.cat(of_blocks))
     means = first | {name: total / counts[name] for name, total in sums.items()}
@@ -123,7 +123,7 @@ def main_measure(teacher: PreTrainedModel) -> str:
     return "cosine_distance" if is_encoder(teacher) else "kl"
 
 
-def _of_embeddings(student: Tensor, teacher: Tensor) -> dict[str, float]:
+def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
     """The measures of embeddings (N, E) of length 1."""
     student, teacher = doubled(student), doubled(teacher)
     alike = student.shape == teacher.shape

@@ -58,7 +58,9 @@ NO_WEIGHTS = {  # what a folder may hold instead of weights in safetensors, and 
 }
 
 
-def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_teacher(
+    name_or_path: str | Path = "embedded", encoder: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pre-trained language model or sentence encoder, in float32 and in eval mode, and its tokenizer.
 
     A sentence encoder is a folder of sentence-transformers, or a masked model that was saved without its head, which
@@ -66,6 +68,7 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
 
     Args:
         name_or_path: "embedded" for the small teacher of this library, a local folder, or a model's name on the hub.
+        encoder: read a language model without its head, as a sentence encoder with mean pooling.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub name that cannot be reached.
@@ -79,7 +82,8 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
         raise ValueError(f"{config.name_or_path} is quantised: use the checkpoint from which it was made")
     auto, source = language_model_class(config), config.name_or_path
     modules = modules or (None if exists(source) else read_modules(source))
-    if modules is None and auto is AutoModelForMaskedLM and config.architectures == [_bare_name(config)]:
+    bare = auto is AutoModelForMaskedLM and config.architectures == [MODEL_MAPPING_NAMES[config.model_type]]
+    if modules is None and (bare or encoder):
         modules = Modules(Pooling())
     if modules is not None:
         auto = AutoModel
@@ -102,11 +106,6 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     check_teacher(model)
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
-
-
-def _bare_name(config: PreTrainedConfig) -> str:
-    """The class of a checkpoint that was saved without a head."""
-    return MODEL_MAPPING_NAMES[config.model_type]
 
 
 def _without_pooler(model: PreTrainedModel, missing: set[str]) -> set[str]:

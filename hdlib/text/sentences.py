@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 
@@ -61,10 +62,8 @@ def load_sentences(
     documents = {part: [rows] for part, rows in load_documents(name_or_path, text_column, subset).items()}
     if "validation" not in documents:
         documents = _hold_out(*documents["train"], seed)
-    options = (text_column, tokenizer, length, prompt or "", passages)
-    found = {
-        part: Sentences(*_encoded(rows, *options), tokenizer.pad_token_id, prompt) for part, rows in documents.items()
-    }
+    encoded = partial(_encoded, text_column, tokenizer, length, prompt or "", passages)
+    found = {part: Sentences(*encoded(rows), tokenizer.pad_token_id, prompt) for part, rows in documents.items()}
     held_out = found.get("validation", found["train"])
     count = len(held_out) if "validation" in found else max(1, len(held_out) // HELD_OUT)
     drawn = np.random.default_rng(seed).permutation(len(held_out))[: min(count, validation_sentences)]
