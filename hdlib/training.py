@@ -200,6 +200,7 @@ class Training:
                 f"step {self.step}: the weights of process {different[0]} differ from those of process 0, so that each "
                 "trains another model; continue from the last checkpoint with resume=True"
             )
+
     def pool_as_teacher(self) -> None:
         """Let a sentence encoder pool as its teacher does, and project into the teacher's space as the loss does."""
         if is_encoder(self.teacher):
