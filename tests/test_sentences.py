@@ -1,6 +1,7 @@
 """Sentence encoders: invariants without a head and with padding, folders of sentence-transformers, text, measures."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import hdlib
+import hdlib.__main__
 from hdlib import DistillationLoss, DistillConfig, Pooling, Widths
 from hdlib.config import ENCODER_TERMS
 from hdlib.data import Sentences, TrainingBatches, micro_batches, sample
@@ -294,6 +297,39 @@ def test_other_settings(change, encoder, data, tokenizer, tmp_path):
     student, _ = hdlib.distill(encoder, tokenizer, *data, config, tmp_path).student()
     assert Widths.of(student) == Widths.at(encoder, 0.5)
     assert hdlib.encode(student, tokenizer, ["the student learns"]).shape == (1, 24)
+
+
+def test_the_command_distils_an_encoder(encoder, tokenizer, tmp_path, monkeypatch):
+    save_sentence_encoder(encoder, tokenizer, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(sentences(80)))
+    places = {"teacher": "model", "corpus": "text.txt", "length": 24, "prompt": "a ", "run_dir": "run"}
+    values = ARGUMENTS | places | {"steps": 2, "prune_every": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "target": 0.9}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hdlib", "config.yaml"])
+    hdlib.__main__.main()
+    assert hdlib.Run.load("run").has_student
+
+
+@pytest.mark.full
+def test_two_processes_equal_one_on_padded_batches(encoder, tokenizer, tmp_path):
+    save_sentence_encoder(encoder, tokenizer, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(sentences(120)))
+    runs = []
+    for count in (1, 2):
+        places = {"teacher": "model", "corpus": "text.txt", "length": 24, "run_dir": f"run_{count}"}
+        options = {"micro_batch_size": 1, "compensate": True, "steps": 6}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(ARGUMENTS | places | options))
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command = [sys.executable, "-m", *launch, "-m", "hdlib", "config.yaml"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(hdlib.Run.load(tmp_path / places["run_dir"]))
+    one, two = runs
+    assert one.kept == two.kept and two.description["processes"] == 2
+    for term in ("total", "prediction", "hidden", "attention", "embedding", "held_out_cosine_distance"):
+        assert two.metrics[term].dropna().tolist() == pytest.approx(one.metrics[term].dropna().tolist(), rel=1e-3)
 
 
 # --- folders
