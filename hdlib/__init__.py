@@ -13,6 +13,7 @@ _MODULE_OF = {
     for module, names in {
         "config": "DistillConfig",
         "text.corpus": "load_corpus",
+        "text.sentences": "load_sentences",
         "discrepancy": "discrepancy",
         "distill": "Diverged Stopped distill",
         "losses": "DistillationLoss",
@@ -22,6 +23,7 @@ _MODULE_OF = {
         "runs": "Run",
         "schedules": "cubic linear one_shot",
         "scorers": "scorer",
+        "sentences": "Pooling encode",
         "widths": "UnsupportedArchitecture Widths width_groups",
     }.items()
     for name in names.split()

@@ -1,8 +1,8 @@
 """A run without a notebook, in one process or many: `accelerate launch -m hdlib CONFIG.yaml`.
 
-The file holds arguments of `DistillConfig`, `load_teacher` and `load_corpus` (see PLACES), and `run_dir`, the run's
-folder. `--resume` continues from the newest checkpoint, or starts a run if there is none. SIGTERM ends the run after
-its current step, with a checkpoint and exit status 143.
+The file holds arguments of `DistillConfig`, `load_teacher` and `load_corpus` (for a sentence encoder `load_sentences`;
+see PLACES), and `run_dir`, the run's folder. `--resume` continues from the newest checkpoint, or starts a run if there
+is none. SIGTERM ends the run after its current step, with a checkpoint and exit status 143.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from . import DistillConfig, Stopped, distill, load_corpus, load_teacher
+from . import DistillConfig, Stopped, distill, load_corpus, load_sentences, load_teacher
 from .config import hint
+from .models import is_encoder
 from .widths import family
 
 PLACES = {
@@ -26,10 +27,16 @@ PLACES = {
     "subset": None,
     "causal": None,
     "streaming": False,
+    "prompt": None,
     "run_dir": "",
 }
 NO_DECIMAL = re.compile(r"[-+]?(0[0-7_]+|0[xb][\da-f_]+|\d[\d_]*(:[0-5]?\d)+([.]\d*)?)", re.IGNORECASE)  # 010 is 8
-TYPES = {"corpus": str | list, "subset": str | None, "causal": bool | None}  # the others have that of their default
+TYPES = {
+    "corpus": str | list,
+    "subset": str | None,
+    "prompt": str | None,
+    "causal": bool | None,
+}  # the others have that of their default
 
 
 def main() -> None:
@@ -41,8 +48,9 @@ def main() -> None:
         places, config = read(arguments.config)
         teacher, tokenizer = load_teacher(places["teacher"])
         places["causal"] = family(teacher).causal if places["causal"] is None else places["causal"]
-        text = {name: places[name] for name in ("length", "text_column", "subset", "causal", "streaming")}
-        train, validation = load_corpus(places["corpus"], tokenizer, **text)
+        load, own = (load_sentences, ["prompt"]) if is_encoder(teacher) else (load_corpus, ["causal", "streaming"])
+        text = {name: places[name] for name in ("length", "text_column", "subset", *own)}
+        train, validation = load(places["corpus"], tokenizer, **text)
         run = distill(teacher, tokenizer, train, validation, config, places["run_dir"], resume=arguments.resume)
     except Stopped as error:
         print(error, file=sys.stderr)

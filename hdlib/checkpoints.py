@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from .models import no_progress_bars
+from .sentences import write_pooling
 
 STATE, FILES = "training.pt", "files.json"
 
@@ -26,6 +27,8 @@ class BrokenCheckpoint(ValueError):
 def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card: str | None = None) -> None:
     """Write a model folder (with `state`: a checkpoint) under a temporary name, flush it to the disk, then rename it.
 
+    That of a sentence encoder has the format of sentence-transformers.
+
     Raises OSError if that fails, for example on a full disk. An older `folder` stays; the temporary one is removed.
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -34,6 +37,8 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None, card:
         with no_progress_bars():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if pooling := getattr(model, "sentence_pooling", None):
+            write_pooling(temporary, model, pooling, tokenizer.model_max_length)
         if card is not None:
             (temporary / "README.md").write_text(card)
         if state is not None:

@@ -8,10 +8,10 @@ from datetime import date
 import torch
 from transformers import PreTrainedModel
 
-from .data import as_blocks
+from .data import Sentences, as_blocks, longest
 from .losses import TERMS, DistillationLoss
 from .masks import SCOPES
-from .models import check_length, check_teacher, check_vocabulary
+from .models import check_length, check_teacher, check_vocabulary, is_encoder
 from .narrowing import check_narrowable
 from .schedules import SCHEDULES
 from .scorers import SCORERS
@@ -52,11 +52,12 @@ class DistillConfig:
 
     # Loss
     mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")
-    prediction: float = option(1.0, "weight of KL(teacher || student)")
+    prediction: float = option(1.0, "weight of KL(teacher || student); sentence encoders: of their distance")
     hidden: float = option(1.0, "weight of the hidden-state loss")
     attention: float = option(1.0, "weight of the attention loss")
     embedding: float = option(1.0, "weight of the embedding loss")
-    temperature: float = option(1.0, "temperature of the prediction loss")
+    similarity: float = option(0.0, "sentence encoders: weight of KL(teacher || student) of similarities in a batch")
+    temperature: float = option(1.0, "temperature of the prediction loss; sentence encoders: of similarities, 0.05")
     attention_target: str = option("scores", "attention loss: on scores before the softmax, or on probs after it")
     positions: str = option("masked", "prediction loss: masked positions (causal: all with a next token), or all")
 
@@ -116,11 +117,33 @@ class DistillConfig:
         if self.batch_size % processes:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of the {processes} processes: take one")
         train, validation = as_blocks(train), as_blocks(validation)
-        self._check_blocks(train, validation, family(teacher).causal, teacher.config.vocab_size)
-        check_length(len(train[0]["input_ids"]), teacher)
+        self._check_kind(teacher, train, validation, processes)
+        self._check_blocks(train, validation, teacher.config.vocab_size)
+        if not is_encoder(teacher):
+            self._check_labels(train, validation, family(teacher).causal)
+        check_length(longest(train), teacher)
         return target
 
-    def _check_blocks(self, train, validation, causal: bool, vocabulary: int) -> None:
+    def _check_kind(self, teacher: PreTrainedModel, train, validation, processes: int) -> None:
+        """Whether the text and the loss suit a language model or a sentence encoder."""
+        encoder, reads = is_encoder(teacher), {isinstance(part, Sentences) for part in (train, validation)}
+        if reads != {encoder}:
+            kind, loader = ("sentence encoder", "load_sentences") if encoder else ("language model", "load_corpus")
+            raise ValueError(f"the teacher is a {kind}: pass the text that {loader} returns, training and validation")
+        if not encoder:
+            _require(not self.similarity, "similarity compares embeddings, which a language model has not: set it to 0")
+            return
+        teacher.sentence_pooling.prompt(train.prompt)
+        terms = [name for name, weight in self.loss_options().items() if name in ENCODER_TERMS and weight]
+        _require(
+            terms, f"a sentence encoder has no mlm term: set a weight above 0 for one of {', '.join(ENCODER_TERMS)}"
+        )
+        whole = processes == 1 and not self.micro_batch_size
+        _require(
+            whole or not self.similarity, "similarity needs the whole batch: use micro_batch_size=0 and one process"
+        )
+
+    def _check_blocks(self, train, validation, vocabulary: int) -> None:
         for part, blocks in (("training", train), ("validation", validation)):
             _require(len(blocks) > 0, f"the {part} part of the corpus has no blocks: pass more text")
             ids = blocks[: self.batch_size]["input_ids"]  # a sample: all blocks of a corpus are made together
@@ -131,6 +154,8 @@ class DistillConfig:
         if len(train) < self.batch_size:
             fewer = f"{len(train)} blocks, fewer than one batch of {self.batch_size}"
             raise ValueError(f"the corpus has {fewer}: lower batch_size or the length of the blocks, or pass more text")
+
+    def _check_labels(self, train, validation, causal: bool) -> None:
         if "attention_mask" in [*train.column_names, *validation.column_names]:
             raise ValueError("a run ignores attention_mask: pass blocks packed without padding, as by load_corpus")
         _require("labels" in validation.column_names, "validation has no labels: pass the second result of load_corpus")
@@ -175,7 +200,7 @@ class DistillConfig:
         return round(self.prune_start * self.steps), max(1, round(self.prune_end * self.steps))
 
     def loss_options(self) -> dict:
-        names = (*TERMS, "temperature", "attention_target", "positions")
+        names = (*TERMS, "similarity", "temperature", "attention_target", "positions")
         return {name: getattr(self, name) for name in names}
 
     def scorer_options(self) -> dict:
@@ -234,6 +259,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+ENCODER_TERMS = ("prediction", "hidden", "attention", "embedding", "similarity")
 LARGEST = 10**12  # larger integers overflow somewhere in a run
 MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")  # on resuming: they do not change the numbers
 CHOICES = {  # the values of fields that are names

@@ -4,7 +4,7 @@ The batch of step t is a pure function of (seed, t): a resumed run reads the sam
 N processes divide the batch of one process among them. `corpus` makes the blocks from text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .losses import IGNORED
+from .losses import IGNORED, Share
+
+POOL = 50  # batches among which sentences are sorted by length
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -39,6 +41,57 @@ class Blocks(torch.utils.data.Dataset):
         return {
             name: torch.as_tensor(np.asarray(column[rows]).astype(np.int64)) for name, column in self.columns.items()
         }
+
+
+class Sentences(Blocks):
+    """Sentences or passages of their natural length, for sentence encoders. Several are padded to the longest of them.
+
+    Args:
+        token_ids: (T,), the tokens of all sentences.
+        lengths: (N,), the number of tokens of each.
+        pad_token_id: fills the padding.
+        prompt: the text that was put before each sentence; None: not given.
+    """
+
+    def __init__(self, token_ids: np.ndarray, lengths: Sequence[int], pad_token_id: int | None, prompt=None):
+        self.token_ids, self.lengths = np.asarray(token_ids), torch.as_tensor(lengths, dtype=torch.int64)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.pad_token_id, self.prompt = pad_token_id or 0, prompt
+
+    @classmethod
+    def of(cls, sentences: Iterable[Sequence[int]], pad_token_id: int | None = None, prompt: str | None = None) -> Self:
+        """From the token ids of each sentence."""
+        arrays = [np.asarray(tokens, dtype=np.int32) for tokens in sentences]
+        return cls(np.concatenate([np.empty(0, np.int32), *arrays]), [*map(len, arrays)], pad_token_id, prompt)
+
+    @property
+    def column_names(self) -> list[str]:
+        return ["input_ids", "attention_mask"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: int | slice | list[int]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, 1 for real tokens and 0 for padding: (S,) each, or (n, S); int64."""
+        lengths, starts = self.lengths[rows, None], self.starts[rows, None]
+        places = torch.arange(int(lengths.max()) if lengths.numel() else 0)
+        real = places < lengths
+        tokens = torch.from_numpy(self.token_ids[(starts + places).where(real, 0).numpy()].astype(np.int64))
+        return {"input_ids": tokens.where(real, self.pad_token_id), "attention_mask": real.long()}
+
+    def select(self, rows: Tensor) -> Self:
+        """Some of the sentences, in the given order."""
+        spans = zip(self.starts[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        sentences = (self.token_ids[start : start + length] for start, length in spans)
+        return type(self).of(sentences, self.pad_token_id, self.prompt)
+
+    def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """A random order of an epoch in which a batch has sentences of similar length, without a last partial one."""
+        pools = torch.randperm(len(self), generator=generator).split(POOL * batch_size)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in pools]
+        whole = [pool[: len(pool) // batch_size * batch_size].view(-1, batch_size) for pool in pools]
+        in_batches = torch.cat(whole)
+        return in_batches[torch.randperm(len(in_batches), generator=generator)].flatten()
 
 
 def as_blocks(blocks):
@@ -85,26 +138,36 @@ class NextToken:
         return input_ids, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED)], 1)
 
 
+def longest(blocks) -> int:
+    """The number of tokens of the longest block."""
+    return int(blocks.lengths.max()) if isinstance(blocks, Sentences) else len(blocks[0]["input_ids"])
+
+
 def sample(blocks, count: int, seed: int = 0) -> Blocks:
-    """`count` blocks drawn over all of them, in their order; all if there are fewer."""
+    """`count` blocks drawn over all of them, in their order, sentences by length; all if there are fewer."""
     blocks = as_blocks(blocks)
     drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if isinstance(blocks, Sentences):
+        return blocks.select(drawn[blocks.lengths[drawn].argsort(stable=True)])
     columns = blocks[drawn.tolist()]
     return Blocks(columns["input_ids"], columns.get("labels"))
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """Item t is the batch of step t: `input_ids` and `labels` (b, S), and `label_count`, () int64.
+    """Item t is the batch of step t.
+
+    It has `input_ids` (b, S), `labels` (b, S) and their number `label_count`, or for sentences `attention_mask` (b, S);
+    and `size` (3,): blocks, tokens and pairs of tokens in a block. Numbers are those of the batch of all processes.
 
     Args:
-        blocks: training blocks with `input_ids`.
-        task: makes inputs and labels of the blocks.
+        blocks: training blocks with `input_ids`, or sentences.
+        task: makes inputs and labels of the blocks; None: there are no labels.
         batch_size: B, blocks a step over all processes.
         seed: of order and masks. Every epoch has another order.
         share: (rank, processes): this process gets every processes-th block; `label_count` is that of all.
     """
 
-    def __init__(self, blocks, task: Masking | NextToken, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)):
+    def __init__(self, blocks, task: Masking | NextToken | None, batch_size: int, seed: int, share=(0, 1)):
         self.blocks, self.task, self.batch_size, self.seed = as_blocks(blocks), task, batch_size, seed
         self.rank, self.processes = share
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
@@ -112,25 +175,37 @@ class TrainingBatches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         first = step * self.batch_size
         indices = [self._index(first + i) for i in range(self.batch_size)]
+        own = slice(self.rank, None, self.processes)
+        if self.task is None:
+            return self.blocks[indices[own]] | {"size": _size(self.blocks.lengths[indices])}
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         input_ids, labels = self.task(self.blocks[indices]["input_ids"], generator)
-        own = slice(self.rank, None, self.processes)
-        return {"input_ids": input_ids[own], "labels": labels[own], "label_count": (labels != IGNORED).sum()}
+        batch = {"input_ids": input_ids[own], "labels": labels[own], "label_count": (labels != IGNORED).sum()}
+        return batch | {"size": _size(torch.full((self.batch_size,), input_ids.shape[1]))}
 
     def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.blocks))
+        by_length, count = isinstance(self.blocks, Sentences), len(self.blocks)
+        epoch, offset = divmod(position, count // self.batch_size * self.batch_size if by_length else count)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self.blocks), generator=generator))
+            order = self.blocks.order(self.batch_size, generator) if by_length else None
+            self._order = (epoch, torch.randperm(count, generator=generator) if order is None else order)
         return int(self._order[1][offset])
 
 
-def micro_batches(batch: dict[str, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """(input_ids, labels, fraction of the batch) for every `size` blocks (0: all) of a batch."""
-    blocks = len(batch["input_ids"])
+def micro_batches(batch: dict[str, Tensor], size: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
+    """The tensors (b, S) of every `size` blocks (0: all) of a batch, and their share of the batch of all processes."""
+    columns, blocks = {name: each for name, each in batch.items() if each.dim() == 2}, len(batch["input_ids"])
     for start in range(0, blocks, size or blocks):
-        rows = slice(start, start + (size or blocks))
-        yield batch["input_ids"][rows], batch["labels"][rows], len(batch["labels"][rows]) / blocks
+        part = {name: each[start : start + (size or blocks)] for name, each in columns.items()}
+        lengths = part.get("attention_mask", torch.ones_like(part["input_ids"])).sum(1)
+        yield part, Share(*(_size(lengths) / batch["size"]).tolist())
+
+
+def _size(lengths: Tensor) -> Tensor:
+    """The number of blocks, of tokens, and of pairs of tokens in a block, (3,), from the lengths of the blocks."""
+    lengths = lengths.double()
+    return torch.stack([torch.ones_like(lengths).sum(), lengths.sum(), lengths.square().sum()])
 
 
 def on_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:

@@ -1,4 +1,7 @@
-"""Held-out measures of how far a student is from its teacher."""
+"""Held-out measures of how far a student is from its teacher.
+
+B blocks, S tokens, L layers, N sentences, E dimensions of an embedding.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,17 +12,21 @@ from transformers import PreTrainedModel
 
 from .data import batches
 from .losses import IGNORED, attention_divergence, divergences, mlm_loss, select_heads
-from .models import forward
+from .models import forward, is_encoder
 from .precision import doubled
 from .widths import Widths
 
+NEAREST = 10  # neighbours of a sentence that are compared
 TOKENS_PER_NEURON = 4  # a linear fit on fewer tokens would describe these tokens, not the states
 
 
 class Measures(dict[str, float]):
-    """Measures by name; `kl_of_blocks` (n,) has the KL of every held-out block, nan for a block without labels."""
+    """Measures by name; `kl_of_blocks` (n,) has the KL of every held-out block, nan for a block without labels.
 
-    def __init__(self, values: dict[str, float], kl_of_blocks: Tensor):
+    It is None for sentence encoders.
+    """
+
+    def __init__(self, values: dict[str, float], kl_of_blocks: Tensor | None):
         super().__init__(values)
         self.kl_of_blocks = kl_of_blocks
 
@@ -36,19 +43,31 @@ def discrepancy(
     """The prediction discrepancy and related measures on held-out blocks.
 
     Args:
-        student, teacher: models with their heads over one vocabulary; measured in eval mode, then set back.
-        blocks: held-out blocks with `labels` for the masked tokens, or in causal models for all that have a next one.
+        student, teacher: models with their heads over one vocabulary, or sentence encoders; measured in eval mode, then
+            set back.
+        blocks: held-out blocks with `labels` for the masked tokens, or in causal models for all that have a next one;
+            for sentence encoders the sentences of `load_sentences`.
         batch_size: blocks per forward; affects memory only.
         neurons: for a student under masks, the indices of the hidden neurons that are not masked; None: all.
         heads: (L, Hs), the index of the teacher's head for each head of the student; None: the same heads.
 
-    Returns:
+    Returns, for sentence encoders:
+        cosine_distance: 1 - cosine of the student's and the teacher's embedding, mean over sentences; in [0, 2].
+        rank_correlation: Spearman's correlation of the similarities of all pairs of sentences; 1.0 if identical.
+        recall: fraction of the teacher's 10 nearest neighbours of a sentence that are among the 10 embeddings of the
+            teacher nearest to the student's embedding of that sentence; 1.0 if identical.
+
+        The first and the last are left out if the embeddings differ in dimension.
+
+    Returns, for language models:
         kl: KL(teacher || student), nats per labelled token (the paper's discrepancy); 0.0 if identical.
         kl_standard_error: of `kl` as an estimate for text like these blocks, nats, from the spread over blocks; 0.0
             if identical. Left out for a single block.
         agreement: fraction of labelled tokens with the same top-1 prediction; 1.0 if identical.
         mlm, teacher_mlm: cross-entropy of the student and of the teacher, nats per labelled token.
         accuracy, teacher_accuracy: fraction of labelled tokens predicted correctly.
+
+    Returns, for both:
         hidden: mean squared error of a linear least-squares prediction of the teacher's hidden states from the
             student's, which may have another width. Fitted on every other block, measured on the rest; mean over
             layers and elements; 0.0 up to rounding if identical.
@@ -64,31 +83,67 @@ def discrepancy(
     student.eval(), teacher.eval()
     if heads is None and Widths.of(student).heads == Widths.of(teacher).heads:
         heads = torch.arange(Widths.of(teacher).heads).repeat(teacher.config.num_hidden_layers, 1)
-    sums, counts, of_blocks, fits, read = Counter(), Counter(), [], {}, 0
+    sums, counts, of_blocks, fits, read, encoder = Counter(), Counter(), [], {}, 0, is_encoder(teacher)
     for batch in batches(blocks, batch_size, device=student.device):
-        loss_positions, mask = batch["labels"] != IGNORED, batch.get("attention_mask")  # (B, S)
+        mask = batch.get("attention_mask")  # (B, S)
+        loss_positions = None if encoder else batch["labels"] != IGNORED  # (B, S)
         student_outputs = forward(student, batch["input_ids"], loss_positions, mask)
         teacher_outputs = forward(teacher, batch["input_ids"], loss_positions, mask)
-        of_blocks.append(_sums_of_blocks(divergences(student_outputs.logits, teacher_outputs.logits), loss_positions))
-        labels = batch["labels"][loss_positions]  # (N,)
+        if encoder:
+            of_blocks.append((student_outputs.embeddings, teacher_outputs.embeddings))
+        else:
+            kl = divergences(student_outputs.logits, teacher_outputs.logits)  # (N,)
+            of_blocks.append(_sums_of_blocks(kl, loss_positions))
+        labels = () if encoder else batch["labels"][loss_positions]  # (N,)
         for name, mean, count in _means(student_outputs, teacher_outputs, labels, heads, mask):
             sums[name] += float(mean) * count
             counts[name] += count
         hidden_states = zip(student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], strict=True)
-        real = torch.ones_like(loss_positions) if mask is None else mask.bool()
+        real = (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool()
         for layer, (states, targets) in enumerate(hidden_states, 1):
             if neurons is not None and states.shape[-1] == student.config.hidden_size:
                 states = states[..., neurons.to(states.device)]
             fits.setdefault(layer, _LinearFit()).add(states, targets, real, read)
         read += len(real)
     student.train(modes[0]), teacher.train(modes[1])
-    kl, kl_of_blocks = _mean_of_blocks(torch.cat(of_blocks))
-    means = kl | {name: total / counts[name] for name, total in sums.items()}
+    if encoder:
+        first, kl_of_blocks = embedding_measures(*map(torch.cat, zip(*of_blocks, strict=True))), None
+    else:
+        first, kl_of_blocks = _mean_of_blocks(torch.cat(of_blocks))
+    means = first | {name: total / counts[name] for name, total in sums.items()}
     if all(fit.enough for fit in fits.values()):
         errors, shares = zip(*(fit.errors() for fit in fits.values()), strict=True)
         means |= {"hidden": sum(errors) / len(errors)}
         means |= {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
     return Measures(means, kl_of_blocks)
+
+
+def main_measure(teacher: PreTrainedModel) -> str:
+    """The name of the measure that stands for the discrepancy."""
+    return "cosine_distance" if is_encoder(teacher) else "kl"
+
+
+def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The measures of embeddings (N, E) of length 1."""
+    student, teacher = doubled(student), doubled(teacher)
+    alike = student.shape == teacher.shape
+    # half the squared distance, which is 1 - cosine, and exactly 0 for identical embeddings
+    measures = {"cosine_distance": float((student - teacher).square().sum(-1).mean() / 2)} if alike else {}
+    pairs = torch.ones(len(teacher), len(teacher), dtype=torch.bool, device=teacher.device).triu(1)
+    if len(teacher) > 2:
+        ranks = [_ranks((each @ each.T)[pairs]) for each in (student, teacher)]
+        measures["rank_correlation"] = float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    if alike and len(teacher) > 1:
+        itself = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
+        scores = [(each @ teacher.T).masked_fill(itself, -torch.inf) for each in (student, teacher)]
+        found, wanted = (each.topk(min(NEAREST, len(teacher) - 1)).indices for each in scores)
+        measures["recall"] = float((found[:, :, None] == wanted[:, None]).any(1).double().mean())
+    return measures
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value, equal ones in their order."""
+    return torch.empty_like(values).index_copy_(0, values.argsort(stable=True), torch.arange(len(values)).to(values))
 
 
 def _sums_of_blocks(of_tokens: Tensor, loss_positions: Tensor) -> Tensor:

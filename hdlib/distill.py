@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import MAY_CHANGE, DistillConfig
-from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
-from .models import frozen_copy, recording
+from .data import Masking, NextToken, TrainingBatches, as_blocks, batches, longest, sample
+from .discrepancy import main_measure
+from .models import frozen_copy, is_encoder, recording
 from .precision import recompute_casts, resolve_precision
 from .rotation import rotate_heads
 from .runs import RECORDED, Prune, Run
@@ -80,14 +81,14 @@ def distill(
         teacher = frozen_copy(teacher, accelerator.device)
         if config.rotate:
             teacher = deepcopy(teacher)  # whose weights are the caller's
-            few = batches(sample(train, ROTATED), 16, accelerator.device)
-            rotate_heads(teacher, (batch["input_ids"] for batch in few))
+            rotate_heads(teacher, batches(sample(train, ROTATED), 16, accelerator.device))
         held_out = sample(validation, config.eval_blocks)
         config = replace(config, precision=run.arguments["precision"])
         training = Training.begin(teacher, target, held_out, config, run if resume else None)
         if resume and accelerator.is_main_process:
             run.rewind(training.step or -1)  # before the first step the record of step 0 is dropped too
-        task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+        masking = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+        task = None if is_encoder(teacher) else masking
         process = accelerator.process_index, accelerator.num_processes
         data = TrainingBatches(train, task, config.batch_size, config.seed, process)
         steps = map(data.__getitem__, range(training.step, config.steps))
@@ -131,6 +132,7 @@ def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: P
     exported = training.masks is None or training.masks.scope == "local"
     if training.masks is not None and exported:
         training.masks.export()
+        training.pool_as_teacher()
     if exported and Widths.of(training.student) != training.target:
         raise RuntimeError(f"asked for {training.target}, got {Widths.of(training.student)}")
     if accelerator.is_main_process:
@@ -184,7 +186,7 @@ class _Reporter:
         record |= {"hidden_size": widths.hidden, "intermediate_size": widths.ffn, "head_dim": widths.head_dim}
         record |= {"num_heads": widths.heads, "parameters": training.num_parameters} | measured
         if self.main:
-            if after is not None:
+            if after is not None and after.kl_of_blocks is not None:
                 self.run.log_blocks(training.step, after.kl_of_blocks)
             self._write(record, pruned)
 
@@ -195,7 +197,7 @@ class _Reporter:
             sizes = {name: group.size for name, group in width_groups(training.teacher).items()}
             self.run.save_prune(Prune.of(training.step, sizes, pruned.scores, pruned.kept, training.kept))
         self.run.log(record)
-        names = {"loss": "total", "discrepancy": "held_out_kl"}
+        names = {"loss": "total", "discrepancy": f"held_out_{main_measure(training.teacher)}"}
         self.shown |= {"width": f"{record['hidden_size']}/{record['intermediate_size']}"}
         self.shown |= {name: f"{record[key]:.3f}" for name, key in names.items() if key in record}
         self.bar.set_postfix(self.shown, refresh=False)
@@ -259,9 +261,12 @@ def _opened(accelerator: Accelerator, run_dir: str, arguments: dict, resume: boo
 
 
 def _arguments(config: DistillConfig, teacher: PreTrainedModel, train, validation, device: torch.device) -> dict:
-    blocks = {"train": len(train), "validation": len(validation), "length": len(train[0]["input_ids"])}
+    blocks = {"train": len(train), "validation": len(validation), "length": longest(train)}
+    blocks |= {"tokens": int(train.lengths.sum())} if is_encoder(teacher) else {}
     name, precision = teacher.name_or_path or type(teacher).__name__, resolve_precision(config.precision, device)
     content = {"teacher": _digest(teacher.parameters())}
+    if is_encoder(teacher):
+        content["pooling"] = str(teacher.sentence_pooling)
     for part, every in (("train", train), ("validation", validation)):
         content[part] = _digest([every[list(range(0, len(every), 1 + len(every) // 256))]["input_ids"]])
     parts = {"config": config.to_dict(), "blocks": blocks, "content": content}

@@ -26,6 +26,14 @@ PIECE = {"cpu": 2**19}  # elements processed at a time: about the size of a cach
 PIECE_ELSEWHERE = 2**25  # a GPU is faster with few large pieces
 
 
+class Share(NamedTuple):
+    """The fraction of a batch that a part has; the pairs are exact where every token attends to all of its block."""
+
+    blocks: float = 1.0
+    tokens: float = 1.0  # without padding
+    pairs: float = 1.0  # of tokens in a block
+
+
 class LogitsInPieces(NamedTuple):
     """Logits that are too large to be held: the head runs on one slice of the loss positions at a time."""
 
@@ -243,6 +251,25 @@ def pairs_that_count(attended: Tensor | None, attention_mask: Tensor | None) -> 
     return real if attended is None else real & attended
 
 
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of embeddings (B, E) of length 1, which is 2 (1 - cosine), mean over sentences; in [0, 4].
+
+    Identical embeddings give exactly 0.0, and so does the gradient; a computed cosine is 1 up to rounding only.
+    """
+    return (student - teacher).square().sum(-1).mean()
+
+
+def similarity_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student), in nats, of how each sentence's similarity is distributed over the others of the batch.
+
+    Embeddings (B, E) have length 1; cosines are divided by the temperature. Mean over sentences; 0.0 if identical, and
+    for a single sentence.
+    """
+    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+    student, teacher = ((each @ each.T / temperature)[others].view(len(each), -1) for each in (student, teacher))
+    return prediction_loss(student, teacher) if student.numel() else student.sum()
+
+
 class LossTerms(NamedTuple):
     """The weighted sum and each term before weighting; None for a term whose weight is 0."""
 
@@ -252,6 +279,7 @@ class LossTerms(NamedTuple):
     hidden: Tensor | None = None
     attention: Tensor | None = None
     embedding: Tensor | None = None
+    similarity: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The computed terms by name, the total first, detached."""
@@ -261,6 +289,8 @@ class LossTerms(NamedTuple):
 class DistillationLoss(nn.Module):
     """mlm + prediction + hidden + attention + embedding, each times its weight (HomoDistil, total loss).
 
+    For sentence encoders the prediction term is `embedding_loss`, in the space of the teacher, and there is no mlm.
+
     The hidden and embedding terms compare in the teacher's space, through one learned projection (Ds, Dt) for each
     layer and one for the embeddings. Projections start as the identity, so that both terms are exactly 0.0 while the
     student equals its teacher. They lose rows as the student loses neurons.
@@ -268,7 +298,8 @@ class DistillationLoss(nn.Module):
     Args:
         hidden_size, num_layers, num_heads: Dt, L and H of the teacher.
         mlm, prediction, hidden, attention, embedding: weights, at least 0. A term of weight 0 is not computed.
-        temperature: T of the prediction term.
+        similarity: weight of `similarity_loss`, for sentence encoders.
+        temperature: T of the prediction term; for sentence encoders, of the similarities.
         attention_target: "scores" before the softmax (as in TinyBERT), or "probs" after it.
         positions: where predictions are compared: "masked", at the labelled tokens, or "all" real tokens.
         student_hidden_size: Ds at the start; None: Dt.
@@ -287,6 +318,7 @@ class DistillationLoss(nn.Module):
         hidden: float = 1.0,
         attention: float = 1.0,
         embedding: float = 1.0,
+        similarity: float = 0.0,
         temperature: float = 1.0,
         attention_target: str = "scores",
         positions: str = "masked",
@@ -294,6 +326,7 @@ class DistillationLoss(nn.Module):
     ):
         super().__init__()
         self.weights = dict(zip(TERMS, (mlm, prediction, hidden, attention, embedding), strict=True))
+        self.weights |= {"similarity": similarity}
         if min(self.weights.values()) < 0 or max(self.weights.values()) == 0:
             raise ValueError(f"loss weights must be at least 0 and not all 0; got {self.weights}")
         if temperature <= 0:
@@ -313,12 +346,12 @@ class DistillationLoss(nn.Module):
         self,
         student,
         teacher,
-        labels: Tensor,
+        labels: Tensor | None,
         attention_mask: Tensor | None = None,
         *,
         loss_positions: Tensor | None = None,
         labels_in_batch: int | None = None,
-        share: float = 1.0,
+        share: float | Share = 1.0,
     ) -> LossTerms:
         """Compare the outputs of two models on one batch.
 
@@ -326,41 +359,44 @@ class DistillationLoss(nn.Module):
             student, teacher: outputs of `hdlib.forward`. Logits are (B, S, V), or (N, V) at the loss positions, in
                 pieces for both models or for none. With attention_target="probs", eager attentions (B, H, S, S) will
                 do. The teacher may be None if the loss `compares` nothing.
-            labels: (B, S), the token to predict, or -100 where nothing is predicted.
+            labels: (B, S), the token to predict, or -100 where nothing is predicted; None for sentence encoders.
             attention_mask: (B, S), 1 for real tokens and 0 for padding; None if all are real.
             loss_positions: (N,) of the method of this name, made on the CPU; None: made here, with a host
                 synchronisation if the labels are on a GPU.
             labels_in_batch: the number of labels in the whole batch, if this is a part of it; the terms of the parts
                 add up to those of the batch.
-            share: the fraction of the batch's blocks that this part has.
+            share: the fraction of the batch that this part has.
 
         Raises ValueError for no label, unless this is a part of a batch, and for another number of logits or layers
         than needed (SDPA alone returns no attentions).
         """
         weights, terms, layers = self.weights, {}, len(self.heads)
-        if labels_in_batch is None:
+        share = share if isinstance(share, Share) else Share(share, share, share)
+        if labels is None:
+            terms |= self._sentence_terms(student.embeddings, teacher.embeddings, share)
+        elif labels_in_batch is None:
             labels_in_batch = int((labels != IGNORED).sum())
             if labels_in_batch == 0:
                 raise ValueError("no position of this batch has a label: nothing was masked")
-        if weights["mlm"] or weights["prediction"]:
+        if labels is not None and (weights["mlm"] or weights["prediction"]):
             positions = self.loss_positions(labels, attention_mask) if loss_positions is None else loss_positions
-            terms |= self._vocabulary_terms(student, teacher, labels, positions, labels_in_batch, share)
+            terms |= self._vocabulary_terms(student, teacher, labels, positions, labels_in_batch, share.blocks)
         if weights["hidden"] or weights["embedding"]:
             (embedded, target), *states = _paired("hidden_states", student, teacher, layers + 1)
         if weights["hidden"]:
-            terms["hidden"] = share * sum(
-                state_loss(_in_teacher_space(*pair, projection), pair[1], attention_mask)
+            terms["hidden"] = share.tokens * sum(
+                state_loss(_fitted(*pair, projection), pair[1], attention_mask)
                 for pair, projection in zip(states, self.hidden_projections, strict=True)
             )
         if weights["attention"]:
             attentions = _paired("attentions", student, teacher, layers)
-            terms["attention"] = share * sum(
+            terms["attention"] = share.pairs * sum(
                 self._attention_term(*pair, heads, attention_mask)
                 for pair, heads in zip(attentions, self.heads, strict=True)
             )
         if weights["embedding"]:
-            embedded = _in_teacher_space(embedded, target, self.embedding_projection)  # (B, S, Dt)
-            terms["embedding"] = share * state_loss(embedded, target, attention_mask)
+            embedded = _fitted(embedded, target, self.embedding_projection)  # (B, S, Dt)
+            terms["embedding"] = share.tokens * state_loss(embedded, target, attention_mask)
         return LossTerms(total=sum(weights[name] * value for name, value in terms.items()), **terms)
 
     @property
@@ -419,6 +455,12 @@ class DistillationLoss(nn.Module):
                 sums[name] = sums[name] + part if name in sums else part
         return sums
 
+    def _sentence_terms(self, student: Tensor, teacher: Tensor, share: Share) -> dict[str, Tensor]:
+        """The terms of embeddings (B, E)."""
+        terms = {"prediction": lambda: embedding_loss(student, teacher)}
+        terms |= {"similarity": lambda: similarity_loss(student, teacher, self.temperature)}
+        return {name: share.blocks * term() for name, term in terms.items() if self.weights[name]}
+
     def _attention_term(self, student, teacher, heads: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The attention term of one layer, from its record in each model."""
         layers = [select_heads(layer, heads) for layer in (student, teacher)]
@@ -441,10 +483,14 @@ def _softmax_input(layer: QueryKey | Scores, pairs: Tensor | None) -> Tensor:
     return scores if pairs is None else scores.masked_fill(~pairs, torch.finfo(scores.dtype).min)
 
 
-def _in_teacher_space(states: Tensor, target: Tensor, projection: Tensor) -> Tensor:
+def _fitted(states: Tensor, target: Tensor, projection: Tensor) -> Tensor:
     """(B, S, Ds) to (B, S, Dt). A state of fixed width needs no projection, such as the last one of OPT-350m."""
-    if states.shape[-1] == target.shape[-1] != projection.shape[1]:
-        return states
+    fixed = states.shape[-1] == target.shape[-1] != projection.shape[1]
+    return states if fixed else in_teacher_space(states, projection)
+
+
+def in_teacher_space(states: Tensor, projection: Tensor) -> Tensor:
+    """(..., Ds) to (..., Dt), exactly for the identity."""
     if projection.shape[0] < projection.shape[1]:
         return states @ projection
     # The diagonal apart, in float32: a product in bfloat16 would round states that are equal to the teacher's.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
@@ -12,12 +13,14 @@ from unittest.mock import patch
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from torch import Tensor
-from torch.nn.functional import softmax
+from torch.nn.functional import normalize, softmax
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -28,11 +31,16 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MaskedLMOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils import ModelOutput, logging
 
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
 from .narrowing import stock_model
+from .sentences import Modules, Pooling, read_modules
 from .widths import Widths, family, family_of
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
@@ -50,21 +58,35 @@ NO_WEIGHTS = {  # what a folder may hold instead of weights in safetensors, and 
 }
 
 
-def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pre-trained masked or causal language model, in float32 and in eval mode, and its tokenizer.
+def load_teacher(
+    name_or_path: str | Path = "embedded", encoder: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pre-trained language model or sentence encoder, in float32 and in eval mode, and its tokenizer.
+
+    A sentence encoder is a folder of sentence-transformers, or a masked model that was saved without its head, which
+    gets mean pooling; its settings are in the attribute `sentence_pooling`, and are printed in one line.
 
     Args:
         name_or_path: "embedded" for the small teacher of this library, a local folder, or a model's name on the hub.
+        encoder: read a language model without its head, as a sentence encoder with mean pooling.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a hub name that cannot be reached.
-        ValueError: a checkpoint that does not fit its config, or lacks its head or its tokenizer.
+        ValueError: a checkpoint that does not fit its config, or lacks its head or its tokenizer; modules of
+            sentence-transformers that are not supported.
         UnsupportedArchitecture: a family without a table of width groups.
     """
-    config = shape_of(name_or_path)
+    modules = read_modules(expanduser(name_or_path)) if exists(expanduser(name_or_path)) else None
+    config = shape_of(Path(name_or_path, modules.path) if modules else name_or_path)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{config.name_or_path} is quantised: use the checkpoint from which it was made")
     auto, source = language_model_class(config), config.name_or_path
+    modules = modules or (None if exists(source) else read_modules(source))
+    bare = auto is AutoModelForMaskedLM and config.architectures == [MODEL_MAPPING_NAMES[config.model_type]]
+    if modules is None and (bare or encoder):
+        modules = Modules(Pooling())
+    if modules is not None:
+        auto = AutoModel
     if exists(source) and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZERS):
         raise ValueError(f"{source} holds no tokenizer ({', '.join(TOKENIZERS)}): save the teacher's tokenizer in it")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -75,10 +97,23 @@ def load_teacher(name_or_path: str | Path = "embedded") -> tuple[PreTrainedModel
     except Exception as error:  # of Transformers, tokenizers or safetensors
         reason = " ".join(str(error).split())
         raise ValueError(f"no language model with its tokenizer could be loaded from {source}: {reason}") from error
+    if modules is not None:
+        model.sentence_pooling = modules.pooling
+        tokenizer.model_max_length = min(modules.longest or tokenizer.model_max_length, num_positions(model))
+        report = report | {"missing_keys": _without_pooler(model, report["missing_keys"])}
+        tqdm.write(f"{source}: {type(model).__name__}, {modules.pooling}, {tokenizer.model_max_length} tokens at most")
     _check_report(model, report)
     check_teacher(model)
     check_vocabulary(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def _without_pooler(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Missing weights without those of the pooler: no pooling uses it, so they become 0."""
+    unused = {name for name in missing if name.startswith("pooler.")}
+    for name in unused:
+        torch.nn.init.zeros_(model.get_parameter(name))
+    return missing - unused
 
 
 def _check_report(model: PreTrainedModel, report: Mapping[str, set]) -> None:
@@ -104,11 +139,18 @@ def _listed(names) -> str:
 
 
 def check_teacher(model: PreTrainedModel) -> None:
-    """Raise ValueError unless this is the stock language model of its config, with its weights in memory."""
+    """Raise ValueError unless this is the stock model of its config, with its weights in memory.
+
+    A language model needs its head, a sentence encoder its `sentence_pooling`.
+    """
     kind, causal = type(model).__name__, family(model).causal
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if causal else MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if hasattr(model, "sentence_pooling"):
+        names = MODEL_MAPPING_NAMES
     if (needed := names[model.config.model_type]) not in (each.__name__ for each in type(model).__mro__):
-        raise ValueError(f"a {kind} is no teacher: open the checkpoint with its language-model head, as {needed}")
+        way_out = f"open the checkpoint with its language-model head, as {needed}"
+        way_out += ", or a sentence encoder by load_teacher" if is_encoder(model) else ""
+        raise ValueError(f"a {kind} is no teacher: {way_out}")
     if not causal and getattr(model.config, "is_decoder", False):
         raise ValueError(f"this {kind} reads earlier tokens only: set is_decoder to false in its config")
     stock = {name: each.shape for name, each in stock_model(model, Widths.of(model)).named_parameters()}
@@ -181,7 +223,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     rows, tokens = model.config.vocab_size, len(tokenizer)
     if tokens > rows or rows - tokens > UNUSED_ROWS:
         mismatch = f"the tokenizer has {tokens} entries, the teacher's embedding {rows} rows"
-    elif tokenizer.mask_token_id in (None, tokenizer.unk_token_id) and not family(model).causal:
+    elif tokenizer.mask_token_id in (None, tokenizer.unk_token_id) and not (family(model).causal or is_encoder(model)):
         mismatch = "the tokenizer has no mask token"
     else:
         return
@@ -225,7 +267,15 @@ def student_of(teacher: PreTrainedModel) -> PreTrainedModel:
 
     Training keeps eval mode: without dropout, identical models give identical outputs.
     """
-    return deepcopy(teacher).float().requires_grad_(True).eval()
+    return trainable(deepcopy(teacher).float())
+
+
+def trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Let all weights be trained, in eval mode; not those of an encoder's pooler, which the loss does not use."""
+    model.requires_grad_(True)
+    if is_encoder(model) and getattr(model, "pooler", None) is not None:
+        model.pooler.requires_grad_(False)
+    return model.eval()
 
 
 def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTrainedModel:
@@ -233,7 +283,7 @@ def random_student(teacher: PreTrainedModel, widths: Widths, seed: int) -> PreTr
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = stock_model(teacher, widths, "cpu")
-    return student.to(teacher.device, torch.float32).eval()
+    return trainable(student.to(teacher.device, torch.float32))
 
 
 @contextmanager
@@ -256,6 +306,15 @@ def recording(*models: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
+@dataclass
+class SentenceOutput(ModelOutput):
+    """What the loss compares of a sentence encoder."""
+
+    embeddings: Tensor | None = None  # (B, E), of length 1
+    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, D)
+    attentions: tuple | None = None  # L of QueryKey or Scores
+
+
 def forward(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -267,7 +326,7 @@ def forward(
     """Run a model and return everything that `DistillationLoss` compares.
 
     Args:
-        model: a model of a supported family with its head.
+        model: a model of a supported family with its head, or a sentence encoder.
         input_ids: (B, S).
         positions: the N loss positions, where the head runs: indices (N,) of the flattened tokens, or (B, S) of bool,
             with a host synchronisation on a GPU. None: everywhere.
@@ -276,7 +335,8 @@ def forward(
 
     Returns:
         Hugging Face outputs with `logits` (N, V) or (B, S, V), `hidden_states` (L + 1 of (B, S, D)) and
-        `attentions` (L of QueryKey, or of Scores for a family without SDPA).
+        `attentions` (L of QueryKey, or of Scores for a family without SDPA); for a sentence encoder `embeddings`
+        (B, E) of length 1 instead of logits.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "return_dict": True}
     if family(model).causal:
@@ -289,6 +349,9 @@ def forward(
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
     attentions = tuple(eager.layers) if eager else outputs.attentions
     states = outputs.last_hidden_state  # (B, S, D)
+    if is_encoder(model):
+        embeddings = normalize(model.sentence_pooling(states, attention_mask), dim=-1)
+        return SentenceOutput(embeddings, outputs.hidden_states, attentions)
     if positions is not None:
         indices = positions.flatten().nonzero()[:, 0] if positions.dtype == torch.bool else positions
         states = states.flatten(0, 1).index_select(0, indices)  # (N, D)
@@ -299,8 +362,19 @@ def forward(
 
 
 def base_model(model: PreTrainedModel) -> torch.nn.Module:
-    """A language model without its head: from tokens to the last hidden state."""
-    return model.get_submodule(family(model).base or model.base_model_prefix)
+    """A language model without its head: from tokens to the last hidden state; an encoder itself."""
+    return model.get_submodule(base_name(model))
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """The name of the base model inside a model: "" for a model that was loaded without a head."""
+    name = family(model).base or model.base_model_prefix
+    return name.partition(".")[2] if is_encoder(model) else name
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether a model has no head: it is no language model, but gives one vector a sentence."""
+    return model.base_model is model
 
 
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .families import FFN, HIDDEN
 from .losses import DistillationLoss
-from .models import base_model
+from .models import base_model, base_name
 from .narrowing import kept_indices, sites_of
 from .precision import doubled
-from .widths import Axis, Block, axes_of, family, width_groups
+from .widths import Axis, Block, axes_of, width_groups
 
 WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
@@ -77,8 +77,8 @@ class Compensation:
         self._moments = {name: Moments(*(self.decay * each for each in sums)) for name, sums in self._moments.items()}
 
     @contextmanager
-    def recording(self, model: PreTrainedModel) -> Iterator[None]:
-        """Add the moments of a forward pass."""
+    def recording(self, model: PreTrainedModel, attention_mask: Tensor | None = None) -> Iterator[None]:
+        """Add the moments of a forward pass, without padding where the mask (B, S) is 0."""
         layers = self._layers = self._layers or _Layers.of(model)
         hooks = [base_model(model).register_forward_hook(self._after_base)] if layers.hidden else []
         for name in (*layers.readers, *layers.tied):
@@ -92,7 +92,8 @@ class Compensation:
             read, self._read = self._read, {}
             for hook in hooks:
                 hook.remove()
-        self._sum(read, f"{family(model).base or model.base_model_prefix}.")
+        base = base_name(model)
+        self._sum(read, f"{base}." if base else "", attention_mask)
 
     def _before(self, name: str, _module, inputs: tuple[Tensor, ...]) -> None:
         self._read.setdefault(name, []).append(inputs[0])
@@ -108,7 +109,7 @@ class Compensation:
             self._read |= {name: states for name, states in read.items() if states[0].shape[-1] == width}
 
     @torch.no_grad()
-    def _sum(self, read: dict[str, list[Tensor]], base: str) -> None:
+    def _sum(self, read: dict[str, list[Tensor]], base: str, attention_mask: Tensor | None) -> None:
         of_head = [name for name in read if not name.startswith((base, STATES))]
         if of_head and LAST in read:  # the head reads the last states, but at the few loss positions only
             read[of_head[0]] = read[LAST]
@@ -117,7 +118,7 @@ class Compensation:
             same.setdefault(tuple(map(id, states)), []).append(name)
         for first, *others in same.values():
             self._source |= dict.fromkeys([first, *others], first)
-            new = Moments.of(torch.cat([states.flatten(0, -2) for states in read[first]]).float())
+            new = Moments.of(torch.cat([real_tokens(states, attention_mask) for states in read[first]]).float())
             past = self._moments.get(first)
             self._moments[first] = new if past is None else Moments(*map(torch.add, past, new))
 
@@ -155,6 +156,12 @@ class Compensation:
     def load_state_dict(self, state: dict) -> None:
         self._moments = {name: Moments(*sums) for name, sums in state["moments"].items()}
         self._source = dict(state["source"])
+
+
+def real_tokens(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(N, D) from states (B, S, D), without padding; other states, such as those of relative positions, are whole."""
+    padded = attention_mask is not None and states.shape[:-1] == attention_mask.shape
+    return states[attention_mask.to(states.device).bool()] if padded else states.flatten(0, -2)
 
 
 class _Layers(NamedTuple):

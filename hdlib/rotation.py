@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from .families import VALUE
 from .models import forward
 from .precision import doubled
-from .reconstruction import input_axis
+from .reconstruction import input_axis, real_tokens
 from .widths import QUERY_KEY, Block, Widths, axes_of
 
 
 @torch.no_grad()
-def rotate_heads(model: PreTrainedModel, batches: Iterable[Tensor]) -> None:
+def rotate_heads(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> None:
     """Rotate the dimensions inside every head, in place, so that few of them carry most of its work; no logit changes.
 
     Queries take T and keys its inverse transpose, where both then have the singular values of C_q^1/2 C_k^1/2 as second
@@ -29,7 +29,7 @@ def rotate_heads(model: PreTrainedModel, batches: Iterable[Tensor]) -> None:
     the basis of W_o C_v^1/2. Nothing to do where a family removes whole heads.
 
     Args:
-        batches: token ids (B, S), whose second moments C decide the basis.
+        batches: `input_ids` and, with padding, `attention_mask`, (B, S) each, whose second moments C decide the basis.
     """
     members = _members_of_heads(model)
     if not members:
@@ -85,9 +85,10 @@ def _members_of_heads(model: PreTrainedModel) -> dict[str, list[_Part]]:
 def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: int) -> dict[str, dict[str, Tensor]]:
     """Mean products (H, E, E) of queries, centred ones of keys and of the values that the output matrix reads."""
     read: dict[tuple[str, str], list[Tensor]] = {}
+    mask = None  # of the present batch
 
     def add(group: str, role: str, states: Tensor) -> None:
-        states = doubled(states.flatten(0, -2).unflatten(-1, (heads, -1)).transpose(0, 1))  # (H, N, E)
+        states = doubled(real_tokens(states, mask).unflatten(-1, (heads, -1)).transpose(0, 1))  # (H, N, E)
         sums = [torch.tensor(float(states.shape[1])), states.sum(1), states.mT @ states]
         past = read.get((group, role), [0.0, 0.0, 0.0])
         read[group, role] = [before + now for before, now in zip(past, sums, strict=True)]
@@ -106,8 +107,9 @@ def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: in
         elif part.role != "value" and part.parameter.dim() > 1:
             hooks.append(module.register_forward_hook(partial(after, group, part)))
     try:
-        for input_ids in batches:
-            forward(model, input_ids, torch.zeros_like(input_ids, dtype=torch.bool))
+        for batch in batches:
+            input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+            forward(model, input_ids, torch.zeros_like(input_ids, dtype=torch.bool), mask)
     finally:
         for hook in hooks:
             hook.remove()

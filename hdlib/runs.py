@@ -2,11 +2,12 @@
 
 run.json                           arguments, versions and machine; written before the first step.
 metrics.jsonl                      one JSON record for each logged step.
-blocks.jsonl                       the discrepancy of every held-out block, for each step that measured it.
+blocks.jsonl                       the KL of every held-out block, for each step that measured it; not of sentences.
 checkpoints/step_00000400/         a stock model folder, the tokenizer and the training state.
 neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which were kept.
 kept.json                          indices of the teacher's neurons that the student kept, by group.
-student/                           the result, a stock model folder; absent for scope="global".
+student/                           the result, a stock model folder, of a sentence encoder in the format of
+                                   sentence-transformers; absent for scope="global".
 """
 
 import json
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import save_folder
 from .config import DistillConfig
-from .models import EMBEDDED_TEACHER, load_teacher
+from .models import EMBEDDED_TEACHER, is_encoder, load_teacher
 from .widths import Widths, family
 
 PARTS = ("run.json", "metrics.jsonl", "blocks.jsonl", "checkpoints", "neurons", "kept.json", "student")
@@ -133,6 +134,11 @@ class Run:
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{self.folder / 'metrics.jsonl'} is damaged and cannot be read: {error}") from error
         return self._parsed[1].copy(deep=False) if lines else pd.DataFrame()
+
+    @property
+    def measure(self) -> str:
+        """The name of the held-out discrepancy in `metrics`."""
+        return "held_out_cosine_distance" if "held_out_cosine_distance" in self.metrics else "held_out_kl"
 
     def records(self, name: str = "metrics.jsonl") -> list[dict]:
         """The logged steps, one dictionary each."""
@@ -282,10 +288,15 @@ def _step(path: Path) -> int:
 def _card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
     """The model card, from the record of a run whose last step is done."""
     config, blocks, origin = (run.arguments[name] for name in ("config", "blocks", "teacher"))
-    last, tokens = run.records()[-1], config["steps"] * config["batch_size"] * blocks["length"]
+    last, read = run.records()[-1], config["steps"] * config["batch_size"]
+    tokens = read * blocks.get("tokens", blocks["train"] * blocks["length"]) // blocks["train"]
     name = "the embedded teacher of hdlib" if Path(origin) == EMBEDDED_TEACHER else Path(origin).name
     data = ModelCardData(library_name="transformers", tags=["homodistil", "distillation", "pruning"])
     data.pipeline_tag = "text-generation" if family(teacher).causal else "fill-mask"
+    purpose, rows, text, discrepancy = _of_encoder(last) if is_encoder(teacher) else _of_language_model(last, blocks)
+    if is_encoder(teacher):
+        data.library_name, data.pipeline_tag = "sentence-transformers", "sentence-similarity"
+        data.tags.append("sentence-transformers")
     data.base_model = origin if origin.count("/") == 1 and not Path(origin).exists() else None
     return f"""---
 {data.to_yaml()}
@@ -293,20 +304,37 @@ def _card(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> str:
 
 # A student of {name}
 
-A pre-trained language model for fine-tuning, distilled from {name} with HomoDistil
+{purpose}, distilled from {name} with HomoDistil
 ([Liang et al., ICLR 2023](https://arxiv.org/abs/2302.09632)). The teacher's licence and restrictions on use apply.
 
 | | this model | teacher |
 |---|---|---|
 | parameters | {student.num_parameters():,} | {teacher.num_parameters():,} |
 | shape | {Widths.of(student)} | {Widths.of(teacher)} |
-| language-model loss, nats per token | {last["held_out_mlm"]:.3f} | {last["held_out_teacher_mlm"]:.3f} |
-| accuracy | {last["held_out_accuracy"]:.3f} | {last["held_out_teacher_accuracy"]:.3f} |
-
-Measured on {min(config["eval_blocks"], blocks["validation"])} held-out blocks of {blocks["length"]} tokens. Mean KL
-divergence to the teacher: {last["held_out_kl"]:.3f} nats; same first choice: {last["held_out_agreement"]:.1%}.
-Training: {config["steps"]:,} steps of {config["batch_size"]:,} blocks, {tokens:,} tokens; initial={config["initial"]},
-schedule={config["schedule"]}, scorer={config["scorer"]}, learning_rate={config["learning_rate"]:g},
-seed={config["seed"]}, precision={run.arguments["precision"]};
+{rows}
+Measured on {min(config["eval_blocks"], blocks["validation"])} held-out {text}. {discrepancy}
+Training: {config["steps"]:,} steps of {config["batch_size"]:,} {text.split()[0]}, {tokens:,} tokens;
+initial={config["initial"]}, schedule={config["schedule"]}, scorer={config["scorer"]},
+learning_rate={config["learning_rate"]:g}, seed={config["seed"]}, precision={run.arguments["precision"]};
 {", ".join(f"{package} {version}" for package, version in run.description["versions"].items())}.
 """
+
+
+def _of_language_model(last: dict, blocks: dict) -> tuple[str, str, str, str]:
+    """Of a card: purpose, rows of measures, text and discrepancy."""
+    rows = f"""| language-model loss, nats per token | {last["held_out_mlm"]:.3f} | {last["held_out_teacher_mlm"]:.3f} |
+| accuracy | {last["held_out_accuracy"]:.3f} | {last["held_out_teacher_accuracy"]:.3f} |
+"""
+    discrepancy = f"""Mean KL
+divergence to the teacher: {last["held_out_kl"]:.3f} nats; same first choice: {last["held_out_agreement"]:.1%}."""
+    purpose = "A pre-trained language model for fine-tuning"
+    return purpose, rows, f"blocks of {blocks['length']} tokens", discrepancy
+
+
+def _of_encoder(last: dict) -> tuple[str, str, str, str]:
+    discrepancy = f"""Mean cosine distance
+to the teacher's embeddings: {last["held_out_cosine_distance"]:.3f}; of the teacher's 10 nearest sentences, found in its
+index: {last["held_out_recall"]:.1%}."""
+    purpose = """A sentence encoder for sentence-transformers. It embeds into the space of its teacher, so that it
+searches an index built by the teacher. It was"""
+    return purpose, "", "sentences", discrepancy

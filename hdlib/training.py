@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple, Self
 
@@ -21,7 +22,7 @@ from .discrepancy import Measures, discrepancy
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms
 from .masks import Masks, applied
-from .models import SAFE_LOADING, forward, no_progress_bars, random_student, student_of
+from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of, trainable
 from .narrowing import choose, narrow
 from .precision import cast_once
 from .reconstruction import WINDOW, Compensation
@@ -60,6 +61,7 @@ class Training:
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
         self.stop_requested, self._module = False, None
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
+        self.pool_as_teacher()
 
     @classmethod
     def begin(cls, teacher, target: Widths, held_out: Blocks, config: DistillConfig, resumed: Run | None) -> Self:
@@ -72,7 +74,7 @@ class Training:
                 continue
             with no_progress_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
-            training = cls(teacher, target, held_out, config, student.requires_grad_(True).eval())
+            training = cls(teacher, target, held_out, config, trainable(student))
             training.step, training.seconds = state["step"], state["seconds"]
             training._kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
             for name, part in training._parts().items():
@@ -105,13 +107,14 @@ class Training:
         With several processes, "stop_requested" is the number of those whose stop was requested.
         """
         sums, processes = Counter(), PartialState().num_processes
-        label_count = int(batch["label_count"])
+        label_count = int(batch.get("label_count", 0))
         parts = [*micro_batches(batch, self.config.micro_batch_size)]
-        self._module = self._module or self._one_module(*parts[0][:2])
-        for number, (input_ids, labels, fraction) in enumerate(parts, 1):
+        self._module = self._module or self._one_module(parts[0][0])
+        for number, (part, share) in enumerate(parts, 1):
             accumulates = processes > 1 and number < len(parts)
-            with applied(self.masks), self._recording(), self._module.no_sync() if accumulates else nullcontext():
-                terms = self._module(input_ids, labels, labels_in_batch=label_count, share=fraction / processes)
+            recording = self._recording(part.get("attention_mask"))
+            with applied(self.masks), recording, self._module.no_sync() if accumulates else nullcontext():
+                terms = self._module(part, labels_in_batch=label_count, share=share)
                 (processes * terms.total).backward()  # the engine averages over processes; shares add up
             sums.update(terms.named())
         if processes > 1:
@@ -119,17 +122,17 @@ class Training:
             sums = dict(zip(sums, reduce(torch.stack([*sums.values()]), "sum"), strict=True))
         if self.masks is not None:
             self.masks.mask_gradients()
-        if not label_count:  # the mean over no label is not a number
+        if "labels" in batch and not label_count:  # the mean over no label is not a number
             over_labels = {"mlm"} if self.loss.positions == "all" else {"mlm", "prediction"}
             sums = {name: value for name, value in sums.items() if name not in over_labels}
         return dict(sums)
 
-    def _recording(self) -> AbstractContextManager:
+    def _recording(self, attention_mask: Tensor | None) -> AbstractContextManager:
         """Moments for the compensation of a prune that is due within a few steps."""
         due = self.compensation and self.config.widths_at(self.step + WINDOW, self.teacher, self.target) != self.widths
-        return self.compensation.recording(self.student) if due else nullcontext()
+        return self.compensation.recording(self.student, attention_mask) if due else nullcontext()
 
-    def _one_module(self, input_ids: Tensor, labels: Tensor) -> nn.Module:
+    def _one_module(self, tensors: dict[str, Tensor]) -> nn.Module:
         """Student and loss as one module, whose forward is `_losses`; in several processes PyTorch's engine around it.
 
         The engine broadcasts the weights of the first process, and averages gradients during the backward pass. It
@@ -139,7 +142,7 @@ class Training:
         if PartialState().num_processes == 1:
             return module
         if not self.optimizer.state:
-            module(input_ids, labels, labels_in_batch=1).total.backward()
+            module(tensors, labels_in_batch=1).total.backward()
         named = [*module.named_parameters(remove_duplicate=False)]  # a tied parameter has several names
         idle = [name for name, each in named if each.grad is None and each not in self.optimizer.state]
         self.optimizer.zero_grad()
@@ -147,15 +150,19 @@ class Training:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, idle)
         return DistributedDataParallel(module, bucket_cap_mb=25)
 
-    def _losses(self, input_ids: Tensor, labels: Tensor, **part) -> LossTerms:
-        """Both models on the same tokens (b, S), from the CPU; the heads run at the loss positions only."""
-        positions, device = self.loss.loss_positions(labels), self.teacher.device
-        input_ids, labels, positions = on_device(device, input_ids, labels, positions)
-        read = {"input_ids": input_ids, "positions": positions, "in_pieces": True}
+    def _losses(self, tensors: dict[str, Tensor], **part) -> LossTerms:
+        """Both models on the same tokens, from the CPU, (b, S) each; the heads run at the loss positions only."""
+        device = self.teacher.device
+        if "labels" in tensors:
+            tensors = tensors | {"loss_positions": self.loss.loss_positions(tensors["labels"])}
+        tensors = dict(zip(tensors, on_device(device, *tensors.values()), strict=True))
+        mask, positions = tensors.get("attention_mask"), tensors.get("loss_positions")
+        read = {"input_ids": tensors["input_ids"], "positions": positions, "attention_mask": mask, "in_pieces": True}
+        part |= {"attention_mask": mask, "loss_positions": positions}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
                 teacher_outputs = forward(self.cast_teacher, **read) if self.loss.compares else None
-            return self.loss(forward(self.student, **read), teacher_outputs, labels, loss_positions=positions, **part)
+            return self.loss(forward(self.student, **read), teacher_outputs, tensors.get("labels"), **part)
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons of highest importance, as many as `widths` has, or mask the others. None if not due."""
@@ -177,6 +184,7 @@ class Training:
             self.loss.narrow(kept, self.optimizer)
             self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
             self._module = None
+            self.pool_as_teacher()
         return pruned
 
     def synchronise(self) -> None:
@@ -192,6 +200,14 @@ class Training:
                 f"step {self.step}: the weights of process {different[0]} differ from those of process 0, so that each "
                 "trains another model; continue from the last checkpoint with resume=True"
             )
+
+    def pool_as_teacher(self) -> None:
+        """Let a sentence encoder pool as its teacher does, and project into the teacher's space as the loss does."""
+        if is_encoder(self.teacher):
+            projection = self.loss.hidden_projections[-1]
+            if len(projection) > self.student.config.hidden_size:  # masked neurons were removed
+                projection = projection[self.masks.kept[HIDDEN].to(projection.device)]
+            self.student.sentence_pooling = replace(self.teacher.sentence_pooling, projection=projection)
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -224,7 +240,7 @@ class Training:
 
 def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: DistillConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on biases, norms and the projections, which it would pull off the identity."""
-    parameters = list(student.parameters())
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -8,7 +8,7 @@ import torch
 import transformers as T
 from hypothesis import strategies as st
 
-from hdlib import Widths
+from hdlib import Pooling, Widths
 
 VOCABULARY, POSITIONS = 60, 32
 
@@ -156,6 +156,17 @@ def random_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_encoder(name: str, pooling: Pooling | None = None, **shape):
+    """A model of a family without its head, with random weights, as a sentence encoder."""
+    torch.manual_seed(0)
+    model = T.AutoModel.from_config(random_model(name, **shape).config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.sentence_pooling = pooling or Pooling()
     return model
 
 

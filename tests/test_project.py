@@ -175,9 +175,20 @@ def test_the_cost_notebook_measures_and_exports(tmp_path):
     assert (tmp_path / "runs" / "student.onnx").exists() and (tmp_path / "out" / "figure.svg").exists()
 
 
+@pytest.mark.notebooks
+def test_the_sentence_encoder_notebook_measures_every_arm(tmp_path, text_file):
+    path = next(path for path in NOTEBOOKS if path.stem == "22_sentence_encoder")
+    paths = {"corpus": str(text_file), "runs": str(tmp_path / "runs"), "results": str(tmp_path / "out")}
+    result, _ = execute(path, tmp_path / "out", **paths, ratios=[0.5], query="the student learns")
+    arms = ["teacher", *(f"{arm}_0.5" for arm in ("homodistil", "one_shot", "compensated", "random_start", "layers"))]
+    assert result["cosine_distance_teacher"] == 0.0 and result["recall_teacher"] == 1.0
+    assert all(0 < result[f"cosine_distance_{arm}"] < 2 for arm in arms[1:])
+    assert 0.9 < result["rank_correlation_pca_0.5"] <= 1 and "cosine_distance_pca_0.5" not in result
+
+
 def test_every_notebook_is_executed_by_one_of_these_tests():
     executed = {path.stem for path in ABLATIONS} | {path.stem for path in NOTEBOOKS if path.stem < "10"}
-    assert {path.stem for path in NOTEBOOKS} == executed | {"20_finetune", "21_cost"}
+    assert {path.stem for path in NOTEBOOKS} == executed | {"20_finetune", "21_cost", "22_sentence_encoder"}
 
 
 BREAKS = {
@@ -227,7 +238,7 @@ def test_a_prune_costs_little():
 
 
 def test_public_names_are_few_and_documented_and_moved_ones_lead_to_their_place():
-    assert len(hdlib.__all__) <= 20 and all(getattr(hdlib, name).__doc__ for name in hdlib.__all__)
+    assert len(hdlib.__all__) <= 22 and all(getattr(hdlib, name).__doc__ for name in hdlib.__all__)
     for name in (*hdlib._MOVED, *dir(hdlib.lab)):
         with pytest.raises(ImportError, match=rf"hdlib\.{name} has moved: use ") as error:
             getattr(hdlib, name)

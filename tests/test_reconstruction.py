@@ -40,7 +40,7 @@ def test_rotated_heads_change_no_logit(kind, tmp_path):
     """A stock model again, with all its neurons; whole heads are left as they are."""
     model = random_model(kind).eval()
     rotated = copy.deepcopy(model)
-    rotate_heads(rotated, [rows(4), rows(2)])
+    rotate_heads(rotated, [{"input_ids": rows(4)}, {"input_ids": rows(2)}])
     input_ids, _ = random_batch()
     with torch.no_grad():
         close(rotated(input_ids).logits, model(input_ids).logits, 1e-5)
@@ -55,7 +55,7 @@ def test_rotated_heads_change_no_logit(kind, tmp_path):
 def test_rotation_puts_the_work_of_a_head_into_few_dimensions():
     """Rotated queries and keys have the same diagonal products; so have values and their output matrix."""
     model = random_bert(layers=1).double()
-    rotate_heads(model, [rows(40)])
+    rotate_heads(model, [{"input_ids": rows(40)}])
     read = {}
     attention = model.bert.encoder.layer[0].attention
     for name in ("query", "key"):

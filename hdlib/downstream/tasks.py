@@ -105,7 +105,7 @@ def load_task(task: str | Task, source: str | Path = HUB) -> DatasetDict:
     parts = {"train": "train", "validation": task.held_out}
     found = load_parts(task.name, source, parts, (*task.texts, task.label))
     classes = None if task.regression else _classes(task, found["train"])
-    return DatasetDict({part: _labelled(task, part, rows, classes) for part, rows in found.items()})
+    return DatasetDict({part: labelled(task, part, rows, classes) for part, rows in found.items()})
 
 
 def load_parts(name: str, source: str | Path, parts: dict[str, str], columns: tuple[str, ...]) -> dict[str, Dataset]:
@@ -177,7 +177,7 @@ def _classes(task: Task, train: Dataset) -> list:
     return classes
 
 
-def _labelled(task: Task, part: str, rows: Dataset, classes: list | None) -> Dataset:
+def labelled(task: Task, part: str, rows: Dataset, classes: list | None) -> Dataset:
     """The columns `text`, `pair` and `label`, checked."""
     for column in task.texts:
         if (kind := rows.features[column]) not in (Value("string"), Value("large_string")):

@@ -11,8 +11,8 @@ _NAMES = {
     "widgets": "LiveFigure chooser compare explore watch",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = ("cost", "export", "guesses", *_NAMES)
-__all__ = [*sorted(_MODULE_OF), "cost", "export"]
+_MODULES = ("baselines", "cost", "export", "guesses", *_NAMES)
+__all__ = [*sorted(_MODULE_OF), "baselines", "cost", "export"]
 
 
 def __getattr__(name: str):

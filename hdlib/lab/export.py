@@ -1,18 +1,21 @@
-"""Export a student to `torch.export` and ONNX, and compare the result with the model."""
+"""Export a student to `torch.export` and ONNX, and compare the result with the model; save a sentence encoder."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import warnings
+from copy import copy
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints import save_folder
 from ..models import num_positions
 from ..widths import family
 
@@ -21,7 +24,8 @@ def to_program(model: PreTrainedModel, path: str | Path) -> float:
     """Write a model, with any head or none, as a `torch.export` program (.pt2) for any batch size and length.
 
     Inputs, (B, S) each: input_ids, attention_mask and, if the model has several token types, token_type_ids. Outputs:
-    all tensors of the model's output in their order, such as the logits (B, S, V) of a language model.
+    all tensors of the model's output in their order, such as the logits (B, S, V) of a language model; of a sentence
+    encoder also sentence_embedding (B, E), with pooling and what follows it.
 
     Returns:
         The largest difference between an output of the file and of the model, as a fraction of the largest value of
@@ -54,6 +58,23 @@ def to_onnx(model: PreTrainedModel, path: str | Path) -> float:
     return _difference(model, run)
 
 
+def save_sentence_encoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, teacher_space: bool = True
+) -> None:
+    """Write a folder that `SentenceTransformer(folder)` and `AutoModel` open.
+
+    Args:
+        model, tokenizer: a student from `Run.student`, or another sentence encoder.
+        folder: is replaced if it exists.
+        teacher_space: keep the dense layers that map into the space of the teacher, so that the student searches an
+            index built by the teacher; False: embeddings have the narrow dimension of the student.
+    """
+    model = copy(model)
+    if not teacher_space:
+        model.sentence_pooling = replace(model.sentence_pooling, dense=(), projection=None)
+    save_folder(Path(expanduser(folder)), model, tokenizer)
+
+
 class _Tensors(torch.nn.Module):
     """A model that returns a tuple of the tensors of its output."""
 
@@ -69,7 +90,10 @@ class _Tensors(torch.nn.Module):
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     options = {"use_cache": False} if family(model).causal else {}  # caches cannot be exported
-    return {name: each for name, each in model(**inputs, **options).items() if isinstance(each, Tensor)}
+    found = {name: each for name, each in model(**inputs, **options).items() if isinstance(each, Tensor)}
+    if pooling := getattr(model, "sentence_pooling", None):
+        found["sentence_embedding"] = pooling(found["last_hidden_state"], inputs["attention_mask"])
+    return found
 
 
 def _traced(model: PreTrainedModel) -> ExportedProgram:

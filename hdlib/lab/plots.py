@@ -18,7 +18,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from transformers import PreTrainedModel
 
 from ..config import DistillConfig
-from ..losses import TERMS
 from ..runs import Run
 from ..widths import Widths
 
@@ -51,6 +50,9 @@ MEASURES = {
     "held_out_agreement": "top-1 agreement with the teacher\nfraction of predicted tokens, held out",
     "held_out_mlm": "language-model loss\nnats per predicted token, held out",
     "held_out_accuracy": "top-1 accuracy\nfraction of predicted tokens, held out",
+    "held_out_cosine_distance": "cosine distance to the teacher\nmean over sentences, held out",
+    "held_out_rank_correlation": "rank correlation of similarities\nwith those of the teacher, held out",
+    "held_out_recall": "recall of the teacher's 10 neighbours\nin its index, held out",
     "held_out_hidden": "hidden states, best linear map\nmean squared error, held out",
     "total": "loss",
     "hidden_size": "hidden width\nneurons",
@@ -65,19 +67,20 @@ PLACES = {"step": "step", "seconds of training": "seconds", "parameters": "param
 WIDTHS = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "head_dim": "dimensions a head"}
 LABELS = {
     "mlm": "language model",
-    "prediction": "prediction (KL)",
+    "prediction": "prediction",
     "hidden": "hidden states",
     "attention": "attention scores",
     "embedding": "embedding",
+    "similarity": "similarities",
 }
 
 
 @styled
 def plot_discrepancy(run: Run, axes: tuple[Axes, Axes] | None = None) -> Figure:
-    """Held-out KL (above) and hidden width (below) over the steps of a run."""
+    """Held-out KL, of a sentence encoder cosine distance, (above) and hidden width (below) over the steps of a run."""
     if axes is None:
         axes = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=[2, 1])[1]
-    for each, measure in zip(axes, ("held_out_kl", "hidden_size"), strict=True):
+    for each, measure in zip(axes, (run.measure, "hidden_size"), strict=True):
         plot_arms({"": [run]}, measure, axes=each)
         each.set_xlim(0, run.config.steps)  # also the steps to come
     axes[0].set_xlabel("")
@@ -110,7 +113,7 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
     """
     axes, metrics = panel("step", "loss term, before weighting", axes), run.metrics
     axes.set_yscale("log")
-    for term, look in zip(TERMS, CYCLE, strict=False):
+    for term, look in zip(LABELS, CYCLE, strict=False):
         if term in metrics:
             values = metrics[term].where(metrics[term] > 0).dropna()  # 0 before the first step and the first prune
             every = 1 + len(values) // 2000  # a figure has no more dots
@@ -123,14 +126,16 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
 
 @styled
 def plot_arms(
-    runs: Mapping[str, list[Run]], measure: str = "held_out_kl", x: str = "step", axes: Axes | None = None
+    runs: Mapping[str, list[Run]], measure: str | None = None, x: str = "step", axes: Axes | None = None
 ) -> Figure:
     """One measure over the training of every arm: the mean of its seeds, and their range as a band.
 
-    `runs` are from `hdlib.lab.Study.distill`. `measure` is a column of `Run.metrics`; loss and seconds are running
-    medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at each step.
+    `runs` are from `hdlib.lab.Study.distill`. `measure` is a column of `Run.metrics`, None the held-out discrepancy;
+    loss and seconds are running medians. `x` is "step", "seconds" of training or "parameters", the mean of the seeds at
+    each step.
     """
     column = "elapsed" if x == "seconds" else x
+    measure = measure or next((run.measure for each in runs.values() for run in each), "held_out_kl")
     axes = panel(column, measure, axes)
     seeds = any(len(each) > 1 for each in runs.values())
     for arm, each in runs.items():

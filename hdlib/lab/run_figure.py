@@ -33,6 +33,17 @@ PANELS = {  # label and relative height
     "loss term,\nbefore weighting": 3,
     "hidden states\nof layer": 2,
 }
+DISTANCE = "cosine distance\nto the teacher, held out"  # the first label of a sentence encoder
+DESCRIBED = {  # measures and their texts
+    "held_out_kl": {
+        "held_out_kl": "KL to the teacher {:.3f} nats",
+        "held_out_agreement": "top-1 agreement {:.0%}",
+    },
+    "held_out_cosine_distance": {
+        "held_out_cosine_distance": "cosine distance to the teacher {:.3f}",
+        "held_out_recall": "recall of its 10 neighbours {:.0%}",
+    },
+}
 INK = colormaps["cividis_r"].with_extremes(bad="white")  # dark is important; removed neurons are white
 LEAST = 1e-3  # lowest importance with a colour of its own, as a fraction of the largest
 UNKNOWN = 1e-2  # colour of neurons that are not ranked yet
@@ -73,9 +84,10 @@ class RunFigure:
         first, record = self.metrics.iloc[0], self.metrics.loc[: max(step, self.steps[0])].iloc[-1]
         widths = {"hidden_size": "hidden", "intermediate_size": "feed-forward"}
         parts = [f"{name} {record[column]:.0f} of {first[column]:.0f}" for column, name in widths.items()]
-        measured = self.metrics.loc[:step, ["held_out_kl", "held_out_agreement"]].dropna()
-        for kl, agreement in measured.to_numpy()[-1:]:
-            parts += [f"KL to the teacher {kl:.3f} nats", f"top-1 agreement {agreement:.0%}"]
+        texts = DESCRIBED[self.run.measure]
+        measured = self.metrics.loc[:step, [*texts]].dropna()
+        for values in measured.to_numpy()[-1:]:
+            parts += [text.format(value) for text, value in zip(texts.values(), values, strict=True)]
         return f"Step {step:,} of {self.run.config.steps:,}: {', '.join(parts)}."
 
     def _draw_curves(self, place) -> list:
@@ -88,7 +100,8 @@ class RunFigure:
         plot_losses(self.run, panels[2])
         for axes in panels[3:]:
             plot_layers(self.run, "hidden", axes)
-        for axes, label in zip(panels, PANELS, strict=False):
+        labels = [*PANELS] if self.run.measure == "held_out_kl" else [DISTANCE, *list(PANELS)[1:]]
+        for axes, label in zip(panels, labels, strict=False):
             axes.set(xlabel="", ylabel=label)
             axes.yaxis.set_label_coords(-0.115, 0.5)
         panels[-1].set_xlabel("step")

@@ -19,12 +19,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
 from ..distill import distill
-from ..models import load_teacher
+from ..models import is_encoder, load_teacher
 from ..runs import Run, write_whole
 from ..widths import family
 from . import cost
 
 MEASURES = ("kl", "agreement", "mlm", "accuracy", "hidden", "teacher_mlm")  # held out, at the last step
+OF_ENCODERS = ("cosine_distance", "rank_correlation", "recall", "hidden")  # the same of sentence encoders
 ENOUGH = 5  # seeds for a verdict; three have the same sign by chance in one of four comparisons
 
 
@@ -54,9 +55,13 @@ class Study:
         `eval_every` defaults to a tenth of `steps`. Names are as for `hdlib.load_teacher` and `hdlib.load_corpus`.
         """
         from ..text.corpus import load_corpus  # imports datasets, which nothing else here needs
+        from ..text.sentences import load_sentences
 
         model, tokenizer = load_teacher(teacher)
-        train, validation = load_corpus(corpus, tokenizer, length, causal=family(model).causal)
+        if is_encoder(model):
+            train, validation = load_sentences(corpus, tokenizer, length)
+        else:
+            train, validation = load_corpus(corpus, tokenizer, length, causal=family(model).causal)
         config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 10)} | fields)
         return cls(model, tokenizer, train, validation, config, folder, draw_only)
 
@@ -91,7 +96,7 @@ class Study:
         for arm, changes in arms.items():
             trials = {f"{arm}-rate-{rate:g}": changes | {"learning_rate": rate} for rate in rates}
             runs = self.distill(trials, [seed])
-            final = {name: run.metrics["held_out_kl"].iloc[-1] for name, (run,) in runs.items()}
+            final = {name: run.metrics[run.measure].iloc[-1] for name, (run,) in runs.items()}
             tuned[arm] = trials[min(final, key=final.get, default=next(iter(trials)))]
         return tuned
 
@@ -129,7 +134,8 @@ def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
 
     Columns: arm, seed; at the last step, held out: kl (nats), agreement, mlm (nats), accuracy, hidden (nan if there
     were too few tokens), teacher_mlm; highest_kl over the run; seconds of training; steps, learning_rate, hidden_size,
-    intermediate_size. If there is a stock student: encoder_parameters, encoder_gflops (one forward of 128 tokens, or of
+    intermediate_size. Of sentence encoders: cosine_distance, rank_correlation, recall, hidden; highest_cosine_distance.
+    If there is a stock student: encoder_parameters, encoder_gflops (one forward of 128 tokens, or of
     as many as it has positions).
     """
     return pd.DataFrame([{"arm": arm} | _final(run) for arm, each in runs.items() for run in each])
@@ -137,9 +143,10 @@ def final_table(runs: Mapping[str, list[Run]]) -> pd.DataFrame:
 
 def _final(run: Run) -> dict:
     metrics, config = run.metrics, run.config
-    last = metrics.dropna(subset=["held_out_kl"]).iloc[-1]
-    row = {"seed": config.seed} | {name: float(last.get(f"held_out_{name}", np.nan)) for name in MEASURES}
-    row |= {"highest_kl": float(metrics["held_out_kl"].max()), "seconds": float(metrics["elapsed"].iloc[-1])}
+    last = metrics.dropna(subset=[run.measure]).iloc[-1]
+    measures, main = (MEASURES, "kl") if run.measure == "held_out_kl" else (OF_ENCODERS, OF_ENCODERS[0])
+    row = {"seed": config.seed} | {name: float(last.get(f"held_out_{name}", np.nan)) for name in measures}
+    row |= {f"highest_{main}": float(metrics[run.measure].max()), "seconds": float(metrics["elapsed"].iloc[-1])}
     row |= {"steps": config.steps, "learning_rate": config.learning_rate}
     row |= {name: int(last[name]) for name in ("hidden_size", "intermediate_size")}
     if run.has_student:

@@ -362,7 +362,7 @@ def _check_unknown(blocks: Dataset, tokenizer: PreTrainedTokenizerBase, where: s
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id):
         return
-    ids = np.array(blocks[np.unique(np.linspace(0, len(blocks) - 1, 1000).astype(int))]["input_ids"])
+    ids = np.asarray(blocks[np.unique(np.linspace(0, len(blocks) - 1, 1000).astype(int))]["input_ids"])
     share = np.mean(ids[~np.isin(ids, list({*tokenizer.all_special_ids} - {unknown}))] == unknown)
     advice = "the tokenizer does not know the script of this text; take a teacher that was trained on such text"
     if share == 1:

@@ -13,7 +13,7 @@ from IPython.display import display
 
 from ...runs import Run
 from ..plots import mark_smoke, plot_discrepancy
-from ..run_figure import RunFigure
+from ..run_figure import DESCRIBED, RunFigure
 from .explore import explore
 from .parts import Shown, alert, drawn, duration, status
 
@@ -36,7 +36,7 @@ class LiveFigure:
         self.drawn, self.handle = -float("inf"), None
 
     def __call__(self, record: dict) -> None:
-        if "held_out_kl" in record and perf_counter() - self.drawn >= self.every:
+        if not record.keys().isdisjoint(DESCRIBED) and perf_counter() - self.drawn >= self.every:
             self.draw()
 
     def draw(self) -> None:

@@ -1,0 +1,143 @@
+"""What a small sentence encoder is compared with, fewer layers and fewer dimensions by PCA, and its measures.
+
+The first two are examples of sentence-transformers: drop layers and train on the embeddings of the teacher; project
+embeddings on their principal components. E dimensions of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from os.path import expanduser
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from ..data import Sentences, TrainingBatches, batches, sample
+from ..discrepancy import embedding_measures
+from ..downstream import sts
+from ..losses import embedding_loss
+from ..models import forward, load_teacher, trainable
+from ..sentences import Dense, encode
+from .cost import parameters
+from .export import save_sentence_encoder
+
+
+def keep_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A copy with `count` of the L layers, evenly spaced, the first and the last among them if there are two."""
+    layers = model.config.num_hidden_layers
+    kept = torch.linspace(0, layers - 1, count).round().long().tolist() if count > 1 else [0]
+    smaller = deepcopy(model)
+    for module in smaller.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == layers:
+                setattr(module, name, nn.ModuleList(child[layer] for layer in kept))
+    smaller.config.num_hidden_layers = count
+    return smaller
+
+
+def distil_embeddings(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train: Sentences,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Train a student, in place, on the squared distance of its embeddings to those of the teacher; returns it."""
+    parameters = [parameter for parameter in trainable(student).parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    rate = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    data = TrainingBatches(train, None, batch_size, seed)
+    for step in range(steps):
+        batch = {name: data[step][name].to(student.device) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            target = forward(teacher, **batch).embeddings  # (B, E)
+        embedding_loss(forward(student, **batch).embeddings, target).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(), rate.step(), optimizer.zero_grad()
+    return student
+
+
+def fewer_layers(teacher, train: Sentences, ratio: float, **recipe) -> PreTrainedModel:
+    """A teacher with about `ratio`^2 of its layers, as many parameters as with `ratio` of its width, trained again."""
+    layers = max(1, round(ratio**2 * teacher.config.num_hidden_layers))
+    return distil_embeddings(keep_layers(teacher, layers), teacher, train, **recipe)
+
+
+def fewer_dimensions(teacher, train: Sentences, ratio: float, seed: int = 0) -> PreTrainedModel:
+    """A teacher whose embeddings have `ratio` of their dimensions, by PCA of those of 2,000 sentences."""
+    embeddings = embed(teacher, sample(train, 2000, seed))
+    return with_pca(teacher, embeddings, max(1, round(ratio * embeddings.shape[1])))
+
+
+def saved(folder: str, tokenizer, build: Callable[[], PreTrainedModel] | None) -> PreTrainedModel | None:
+    """The encoder in a folder; else the one that `build` makes, saved there; None if there is neither."""
+    if Path(expanduser(folder)).exists():
+        return load_teacher(folder)[0]
+    if build is None:
+        return None
+    model = build()
+    save_sentence_encoder(model, tokenizer, folder)
+    return model
+
+
+def with_pca(model: PreTrainedModel, embeddings: Tensor, dimensions: int) -> PreTrainedModel:
+    """A copy whose embeddings are projected on the first principal components of `embeddings` (N, E)."""
+    _, _, components = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
+    smaller, pooling = deepcopy(model), model.sentence_pooling
+    smaller.sentence_pooling = replace(pooling, dense=(*pooling.dense, Dense(components[:dimensions])))
+    return smaller
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, sentences: Sentences, batch_size: int = 32) -> Tensor:
+    """Embeddings (N, E) of sentences."""
+    return torch.cat([forward(model, **batch).embeddings for batch in batches(sentences, batch_size)])
+
+
+def measure(model, tokenizer, teacher, sentences: Sentences, pairs: Dataset | None = None) -> dict[str, float]:
+    """Parameters of a model and its layers, its discrepancy on held-out sentences, and `spearman` on scored pairs."""
+    counts = parameters(model)
+    found = {"parameters": counts["total"], "layer_parameters": counts["encoder"]}
+    found |= embedding_measures(embed(model, sentences), embed(teacher, sentences))
+    return found | ({"spearman": sts(partial(encode, model, tokenizer), pairs)["spearman"]} if pairs else {})
+
+
+@torch.no_grad()
+def latency(
+    models: dict[str, PreTrainedModel], sentences: Sentences, batch_size: int, repeats: int = 10
+) -> dict[str, float]:
+    """Milliseconds a sentence, pooling included: the median over batches; the models alternate."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    chosen = sentences.select(torch.linspace(0, len(sentences) - 1, min(len(sentences), batch_size * repeats)).long())
+    parts = list(batches(chosen, batch_size))
+    for turn in range(repeats + 2):  # two to warm up
+        batch = parts[turn % len(parts)]
+        for name, model in models.items():
+            started = perf_counter()
+            model.sentence_pooling(model(**batch).last_hidden_state, batch["attention_mask"])
+            times[name].append(1000 * (perf_counter() - started) / len(batch["input_ids"]))
+    return {name: median(each[2:]) for name, each in times.items()}
+
+
+def search(queries: dict[str, Tensor], index: Tensor, texts: list[str], count: int = 5) -> pd.DataFrame:
+    """The nearest of `texts`, with embeddings `index` (N, E), to one query that several models have embedded, (E,)."""
+    index, found = normalize(index, dim=-1), {}
+    for name, query in queries.items():
+        cosines = index @ normalize(query, dim=-1)
+        found[name] = [
+            f"{cosines[row]:.2f} {texts[row]}" for row in cosines.topk(min(count, len(texts))).indices.tolist()
+        ]
+    return pd.DataFrame(found).rename(index=lambda row: row + 1).rename_axis("rank")
