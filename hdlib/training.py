@@ -1,5 +1,6 @@
 """All state that changes during training, and the operations of one step on it."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -173,6 +174,9 @@ class Training:
         measured = self.discrepancy() if self.config.eval_prunes else None
         scores = {name: score.to(self.teacher.device) for name, score in self.importance.scores().items()}
         pruned = Pruned(broadcast(scores), self.kept, measured)  # all processes keep the neurons of the first
+        if not any(score.any() for score in scores.values()):
+            equal = "all scores are 0, because the student still equals its teacher, so the first neurons are kept"
+            warnings.warn(f"step {self.step}: {equal}; give mlm a weight, or use scorer='magnitude'", stacklevel=2)
         if self.masks is not None:
             self.masks.choose(widths, pruned.scores)
         else:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -291,3 +292,13 @@ def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, text, message):
     with pytest.raises(SystemExit, match=message):
         hdlib.__main__.main()
     assert not (tmp_path / "r").exists()
+
+
+def test_a_prune_of_a_student_that_has_not_moved_warns(teacher, tokenizer, blocks, tmp_path):
+    """Without labels and weight decay no gradient moves it before the first prune: nothing ranks its neurons."""
+    still = ARGUMENTS | {"steps": 4, "mlm": 0.0, "weight_decay": 0.0, "eval_every": 4}
+    with pytest.warns(UserWarning, match="step 2: all scores are 0.*scorer='magnitude'"):
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**still), tmp_path / "still")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**still | {"mlm": 1.0}), tmp_path / "moved")
