@@ -111,9 +111,10 @@ def _homotopy(training: Training, batches: Iterator[dict[str, torch.Tensor]], re
             terms = training.forward_backward(batch)
             # 2. Importance of every neuron, before clipping, while weights and gradients belong together.
             if config.still_prunes(step):
-                training.importance.update(student)
+                training.score()
             # 3. Optimiser step.
-            terms["gradient_norm"] = clip_grad_norm_(training.parameters, config.max_grad_norm)
+            norm = clip_grad_norm_(training.parameters, config.max_grad_norm)
+            terms["gradient_norm"] = norm.to(terms["total"].device)  # without gradients, a 0 on the CPU
             values = report.values(terms)
             optimizer.step()
             training.learning_rate.step()

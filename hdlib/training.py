@@ -163,7 +163,30 @@ class Training:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
                 teacher_outputs = forward(self.cast_teacher, **read) if self.loss.compares else None
-            return self.loss(forward(self.student, **read), teacher_outputs, tensors.get("labels"), **part)
+            outputs = forward(self.student, **read)
+            terms = self.loss(outputs, teacher_outputs, tensors.get("labels"), **part)
+            if self.is_copy:
+                terms = terms._replace(total=terms.total + part["share"].blocks * self._probe(outputs.embeddings))
+            return terms
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the student is a sentence encoder before its first prune: no label moves it off its teacher."""
+        whole = self.config.initial == "teacher" and self.widths == Widths.of(self.teacher)
+        return whole and is_encoder(self.teacher)
+
+    def _probe(self, embeddings: Tensor) -> Tensor:
+        """0.0, with the gradient of embeddings (B, E) along random directions, since that of a copy's loss is 0."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        directions = nn.functional.normalize(torch.randn(embeddings.shape, generator=generator), dim=-1)
+        along = (directions.to(embeddings) * embeddings).sum(-1).mean()
+        return along - along.detach()
+
+    def score(self) -> None:
+        """Add weights and gradients to the importance of the neurons. The gradient of a probe is for scores only."""
+        self.importance.update(self.student)
+        if self.is_copy:
+            self.optimizer.zero_grad()
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons of highest importance, as many as `widths` has, or mask the others. None if not due."""

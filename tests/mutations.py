@@ -146,8 +146,8 @@ MUTATIONS = [
     ("training", "before[kept[name].cpu()] for name, before", "kept[name].cpu() for name, before"),
     (
         "distill",
-        'terms["gradient_norm"] = clip_grad_norm_(training.parameters, config.max_grad_norm)',
-        'terms["gradient_norm"] = clip_grad_norm_(training.parameters, 1e9)',
+        "norm = clip_grad_norm_(training.parameters, config.max_grad_norm)",
+        "norm = clip_grad_norm_(training.parameters, 1e9)",
     ),
     ("distill", "optimizer.zero_grad()", "pass"),
     ("distill", "if config.still_prunes(step):", "if config.still_prunes(step) and step > 1:"),

@@ -291,6 +291,21 @@ def test_a_resumed_run_is_the_same(run, data, tokenizer, tmp_path):
     assert whole.metrics["total"].equals(resumed.metrics["total"])
 
 
+def test_a_copy_is_scored_and_not_trained(encoder, data, tokenizer, tmp_path):
+    """Before its first prune the student stays its teacher; the feed-forward neurons that nothing reads leave first."""
+    with torch.no_grad():
+        for layer in encoder.encoder.layer:
+            layer.output.dense.weight[:, ::2] = 0.0
+    size = Widths.of(encoder).ffn
+    once = {"target": Widths(ffn=size // 2), "schedule": "one_shot", "prune_start": 0.3, "prune_every": 1}
+    config = DistillConfig(**ARGUMENTS | once | {"eval_every": 1, "prediction": 0.0, "micro_batch_size": 2})
+    run = hdlib.distill(encoder, tokenizer, *data, config, tmp_path)
+    before = run.metrics.loc[: run.pruned_at[0] - 1]
+    assert len(before) == 4 and before["held_out_cosine_distance"].eq(0.0).all()
+    assert before["total"].dropna().eq(0.0).all() and run.metrics["total"].iloc[-1] > 0
+    assert all(run.kept[f"layer.{layer}.ffn"] == [*range(1, size, 2)] for layer in range(2))
+
+
 @pytest.mark.parametrize("change", [{"masked": True}, {"initial": "random", "micro_batch_size": 3}])
 def test_other_settings(change, encoder, data, tokenizer, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"steps": 4} | change)
