@@ -153,8 +153,12 @@ def test_a_folder_that_holds_no_model(tmp_path):
 
 
 def test_a_teacher_without_its_head(tmp_path, tokenizer):
+    """The folder of a bare encoder is a teacher; one whose config names a language model lacks its head."""
     BertModel(random_bert(vocabulary=len(tokenizer)).config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    hdlib.load_teacher(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with refused("lacks weights.*cls.predictions.transform.dense.weight"):
         hdlib.load_teacher(tmp_path)
 

@@ -72,6 +72,8 @@ GOOD = {
     "subset": [None],
     "causal": [None, False],
     "streaming": [False],
+    "prompt": [None],
+    "similarity": [0.0],
 }
 BAD = [None, "3e-4", "", "no such thing", -1, -0.5, 0, 1.5, 2**70, math.nan, math.inf, -math.inf, True, [], [1], {}]
 BAD += [{"hidden": "x"}, [[0]], "\u0000", "ÿ" * 300, [None, None], 10**400, "../../etc/passwd", "!!python/object"]
