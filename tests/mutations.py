@@ -140,7 +140,6 @@ MUTATIONS = [
     ("training", "if each != sums[0]]", "if each != each]"),
     ("training", "self.compensation.share()", "pass"),
     ("training", "each.grad is None and each not in", "each.grad is not None and each not in"),
-    ("training", "(processes * terms.total).backward()", "terms.total.backward()"),
     ("training", "(directions.to(embeddings) * embeddings)", "(0 * embeddings)"),
     ("training", "decayed = [parameter for parameter in parameters if parameter.dim() > 1]", "decayed = parameters"),
     ("training", "self.importance.narrow(kept)", "pass"),

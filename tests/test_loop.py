@@ -1,5 +1,6 @@
 """The whole loop on a small task: widths, records, resume, divergence, processes, the command."""
 
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import hdlib
 import hdlib.__main__
+import hdlib.training
 from hdlib import DistillConfig, Widths
 from hdlib.data import Blocks
 from hdlib.losses import TERMS
@@ -302,3 +304,26 @@ def test_a_prune_of_a_student_that_has_not_moved_warns(teacher, tokenizer, block
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**still | {"mlm": 1.0}), tmp_path / "moved")
+
+
+@pytest.mark.parametrize("norm, moves", [(1e-10, False), (1e9, True)])
+def test_gradients_are_clipped_to_the_norm(norm, moves, teacher, tokenizer, blocks, tmp_path):
+    """A gradient far below the epsilon of Adam moves nothing."""
+    settings = {"steps": 3, "target": 1.0, "weight_decay": 0.0, "max_grad_norm": norm, "eval_every": 3}
+    student, _ = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS | settings), tmp_path).student()
+    before, after = teacher.get_input_embeddings().weight, student.get_input_embeddings().weight
+    assert bool((after - before).abs().max() > 1e-5) == moves
+
+
+def test_measures_at_a_prune_cost_a_step_no_seconds(teacher, tokenizer, blocks, tmp_path, monkeypatch):
+    clock, measure = itertools.count(), hdlib.training.discrepancy
+
+    def slow(*arguments, **options):
+        list(itertools.islice(clock, 1000))  # seconds
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("hdlib.training.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("hdlib.training.discrepancy", slow)
+    config = DistillConfig(**ARGUMENTS | {"steps": 6, "eval_prunes": True, "eval_every": 6})
+    run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
+    assert run.pruned_at and run.metrics["seconds"].max() < 100
