@@ -233,3 +233,12 @@ def test_compensated_runs(teacher, tokenizer, blocks, tmp_path):
 def test_compensation_under_masks_is_refused():
     with pytest.raises(ValueError, match=r"compensate=True changes weights.*masked=False"):
         DistillConfig(compensate=True, recover=True)
+
+
+def test_the_head_gives_moments_of_all_tokens():
+    """It runs at the loss positions only, too few for a fit; its states are those of all tokens."""
+    model, compensation = random_bert().eval(), Compensation()
+    with torch.no_grad(), compensation.recording(model):
+        forward(model, rows(8), torch.arange(3))
+    source = compensation._source["cls.predictions.transform.dense"]
+    assert compensation._moments[source].tokens == rows(8).numel()
