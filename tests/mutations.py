@@ -184,7 +184,7 @@ MUTATIONS = [
     ("reconstruction", "bias += (constant @ lost).to(bias)", "bias += 0.5 * (constant @ lost).to(bias)"),
     ("reconstruction", "read[of_head[0]] = read[LAST]", "pass"),
     ("reconstruction", "deviation = deviation - second.mean()", "pass"),
-    ("rotation", "of_key = values / scale *", "of_key = scale *"),
+    ("rotation", "of_key = values / scale *", "of_key = values *"),
 ]
 
 

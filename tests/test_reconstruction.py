@@ -12,7 +12,7 @@ import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.models import forward, student_of
 from hdlib.narrowing import choose
-from hdlib.reconstruction import RIDGE, Compensation, Moments, _Layers, regression
+from hdlib.reconstruction import RIDGE, Compensation, Moments, _Layers, refit_norm, regression
 from hdlib.rotation import rotate_heads
 from hdlib.widths import all_neurons, source_layers, width_groups
 
@@ -242,3 +242,23 @@ def test_the_head_gives_moments_of_all_tokens():
         forward(model, rows(8), torch.arange(3))
     source = compensation._source["cls.predictions.transform.dense"]
     assert compensation._moments[source].tokens == rows(8).numel()
+
+
+def test_a_refit_norm_against_numpy():
+    """Scale and shift of least squares, with one deviation for all tokens; the kept neurons have a common mean."""
+    draw, kept = np.random.default_rng(0), [0, 2, 3]
+    z = draw.normal(size=(400, 6)) + np.array([3.0, -3.0, 3.5, 2.5, -3.0, -3.0])
+    n = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+    norm = torch.nn.LayerNorm(6).double()
+    scale, shift = draw.normal(size=6), draw.normal(size=6)
+    norm.load_state_dict({"weight": torch.tensor(scale), "bias": torch.tensor(shift)})
+    y = n * scale + shift
+    with torch.no_grad():
+        refit_norm(norm, *Moments.of(torch.tensor(y)).means(), torch.tensor(kept))
+    own = n[:, kept] - n[:, kept].mean(1, keepdims=True)
+    deviation, change, target = np.sqrt((own**2).mean()), own - own.mean(0), y[:, kept] - y[:, kept].mean(0)
+    new = deviation * (change * target).mean(0) / (change**2).mean(0)
+    np.testing.assert_allclose(norm.weight.detach()[kept], new, rtol=1e-6)
+    np.testing.assert_allclose(
+        norm.bias.detach()[kept], y[:, kept].mean(0) - new * own.mean(0) / deviation, rtol=1e-6, atol=1e-9
+    )
