@@ -327,3 +327,11 @@ def test_measures_at_a_prune_cost_a_step_no_seconds(teacher, tokenizer, blocks, 
     config = DistillConfig(**ARGUMENTS | {"steps": 6, "eval_prunes": True, "eval_every": 6})
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     assert run.pruned_at and run.metrics["seconds"].max() < 100
+
+
+def test_kept_neurons_are_those_of_the_teacher_after_several_prunes(teacher, tokenizer, blocks, tmp_path):
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 8, "prune_every": 1, "eval_every": 8}
+    run = hdlib.distill(teacher, tokenizer, *blocks, DistillConfig(**ARGUMENTS | still), tmp_path)
+    assert len(run.pruned_at) > 2
+    wide, narrow = (model.get_input_embeddings().weight for model in (teacher, run.student()[0]))
+    assert torch.allclose(narrow, wide[:, run.kept["hidden"]], atol=1e-6)
