@@ -21,7 +21,7 @@ from .config import DistillConfig
 from .data import Blocks, micro_batches, on_device
 from .discrepancy import Measures, discrepancy
 from .families import HIDDEN
-from .losses import DistillationLoss, LossTerms
+from .losses import DistillationLoss, LossTerms, Share
 from .masks import Masks, applied
 from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of, trainable
 from .narrowing import choose, narrow
@@ -143,7 +143,7 @@ class Training:
         if PartialState().num_processes == 1:
             return module
         if not self.optimizer.state:
-            module(tensors, labels_in_batch=1).total.backward()
+            module(tensors, labels_in_batch=1, share=Share()).total.backward()
         named = [*module.named_parameters(remove_duplicate=False)]  # a tied parameter has several names
         idle = [name for name, each in named if each.grad is None and each not in self.optimizer.state]
         self.optimizer.zero_grad()
@@ -176,10 +176,13 @@ class Training:
         return whole and is_encoder(self.teacher)
 
     def _probe(self, embeddings: Tensor) -> Tensor:
-        """0.0, with the gradient of embeddings (B, E) along random directions, since that of a copy's loss is 0."""
+        """0.0, with the gradient of embeddings (B, E) along a random direction, since that of a copy's loss is 0.
+
+        It is the same for all sentences of a step, so that scores do not depend on how a batch is divided.
+        """
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        directions = nn.functional.normalize(torch.randn(embeddings.shape, generator=generator), dim=-1)
-        along = (directions.to(embeddings) * embeddings).sum(-1).mean()
+        direction = nn.functional.normalize(torch.randn(embeddings.shape[-1], generator=generator), dim=-1)
+        along = (embeddings @ direction.to(embeddings)).mean()
         return along - along.detach()
 
     def score(self) -> None:

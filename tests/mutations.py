@@ -140,7 +140,7 @@ MUTATIONS = [
     ("training", "if each != sums[0]]", "if each != each]"),
     ("training", "self.compensation.share()", "pass"),
     ("training", "each.grad is None and each not in", "each.grad is not None and each not in"),
-    ("training", "(directions.to(embeddings) * embeddings)", "(0 * embeddings)"),
+    ("training", "(embeddings @ direction.to(embeddings))", "(0 * embeddings)"),
     ("training", "decayed = [parameter for parameter in parameters if parameter.dim() > 1]", "decayed = parameters"),
     ("training", "self.importance.narrow(kept)", "pass"),
     ("training", "self._started += perf_counter() - started", "pass"),

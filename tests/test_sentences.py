@@ -306,6 +306,13 @@ def test_a_copy_is_scored_and_not_trained(encoder, data, tokenizer, tmp_path):
     assert all(run.kept[f"layer.{layer}.ffn"] == [*range(1, size, 2)] for layer in range(2))
 
 
+def test_the_scores_of_a_copy_do_not_depend_on_how_a_batch_is_divided(encoder, data, tokenizer, tmp_path):
+    once = {"schedule": "one_shot", "prune_start": 0.3, "prune_every": 1, "steps": 6}
+    configs = [DistillConfig(**ARGUMENTS | once | {"micro_batch_size": size}) for size in (0, 2)]
+    runs = [hdlib.distill(encoder, tokenizer, *data, each, tmp_path / str(i)) for i, each in enumerate(configs)]
+    assert runs[0].kept == runs[1].kept
+
+
 @pytest.mark.parametrize("change", [{"masked": True}, {"initial": "random", "micro_batch_size": 3}])
 def test_other_settings(change, encoder, data, tokenizer, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"steps": 4} | change)

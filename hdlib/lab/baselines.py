@@ -61,7 +61,8 @@ def distil_embeddings(
     rate = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     data = TrainingBatches(train, None, batch_size, seed)
     for step in range(steps):
-        batch = {name: data[step][name].to(student.device) for name in ("input_ids", "attention_mask")}
+        item = data[step]
+        batch = {name: item[name].to(student.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             target = forward(teacher, **batch).embeddings  # (B, E)
         embedding_loss(forward(student, **batch).embeddings, target).backward()
