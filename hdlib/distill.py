@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
@@ -93,8 +94,8 @@ def distill(
         data = TrainingBatches(train, task, config.batch_size, config.seed, process)
         steps = map(data.__getitem__, range(training.step, config.steps))
         shown = {"desc": run.folder.name, "unit": "step", "disable": not accelerator.is_main_process}
-        with tqdm(total=config.steps, initial=training.step, **shown) as bar:
-            _homotopy(training, steps, _Reporter(accelerator, run, training, tokenizer, on_step, bar))
+        with ThreadPoolExecutor(1) as writer, tqdm(total=config.steps, initial=training.step, **shown) as bar:
+            _homotopy(training, steps, _Reporter(accelerator, run, training, tokenizer, on_step, bar, writer))
         _finish(accelerator, run, training, tokenizer)
     return run
 
@@ -149,9 +150,10 @@ def _finish(accelerator: Accelerator, run: Run, training: Training, tokenizer: P
 class _Reporter:
     """Writes the records, prunes and checkpoints of a run, updates the progress bar and calls `on_step`."""
 
-    def __init__(self, accelerator: Accelerator, run: Run, training: Training, tokenizer, on_step, bar: tqdm):
+    def __init__(self, accelerator: Accelerator, run: Run, training: Training, tokenizer, on_step, bar: tqdm, writer):
         self.accelerator, self.run, self.training, self.tokenizer = accelerator, run, training, tokenizer
         self.on_step, self.bar, self.main, self.shown = on_step, bar, accelerator.is_main_process, {}
+        self._writer, self._written = writer, None  # the newest checkpoint, a Future
         self._stopped: float | None = None  # the number of processes whose stop was requested
         if self.main and run.config.precision == "auto":
             tqdm.write(f"{run.folder.name}: {training.config.precision} on {accelerator.device.type}")
@@ -207,17 +209,32 @@ class _Reporter:
             self.on_step(record)
 
     def checkpoint(self) -> None:
-        """Save a checkpoint if it is due; raise Stopped if the run was stopped before its last step."""
+        """Save a checkpoint if it is due; raise Stopped if the run was stopped before its last step.
+
+        A device goes on while a copy in the memory of the host is written; on a CPU the run waits.
+        """
         training, step, config = self.training, self.training.step, self.training.config
         stopped = training.stop_requested if self._stopped is None else self._stopped
+        if step == config.steps:
+            self._wait_for_writer()
         if step == config.steps or not (stopped or step % config.checkpoint_every == 0):
             return
         training.synchronise()
         if self.main:
-            self.run.save_checkpoint(step, training.student, self.tokenizer, training.state(), config.keep_last)
-        self.accelerator.wait_for_everyone()  # no process may end the run while the checkpoint is written
+            self._wait_for_writer()
+            student, state = frozen_copy(training.student, "cpu"), send_to_device(training.state(), "cpu")
+            content = step, student, self.tokenizer, state, config.keep_last
+            self._written = self._writer.submit(self.run.save_checkpoint, *content)
+            if stopped or training.teacher.device.type == "cpu":
+                self._wait_for_writer()
         if stopped:
+            self.accelerator.wait_for_everyone()  # no process may end the run while the checkpoint is written
             raise Stopped(f"SIGTERM: the run stopped after step {step}. {self.run.resume_hint}")
+
+    def _wait_for_writer(self) -> None:
+        """Until the newest checkpoint is written. Raises what was raised meanwhile."""
+        if self._written is not None:
+            self._written.result()
 
 
 def _check_launcher(accelerator: Accelerator, config: DistillConfig) -> None:

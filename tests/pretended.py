@@ -1,7 +1,10 @@
 """Tests on the pretend device: no tensors of two devices meet. `test_gpu` runs them in a process of their own."""
 
+from threading import Event
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import hdlib
@@ -9,6 +12,7 @@ from experiments.gpu import cases
 from hdlib import precision
 from hdlib.downstream.finetune import open_with_head
 from hdlib.lab import cost
+from hdlib.runs import Run
 
 from conftest import ARGUMENTS, full
 from models import random_model
@@ -105,6 +109,37 @@ def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks,
     assert run.finished and state() == before
     assert all(torch.equal(weights[name], parameter) for name, parameter in teacher.named_parameters())
     assert teacher.device.type == "cpu" and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, pretend_device, monkeypatch):  # noqa: F811
+    """It holds the weights of its step, though the next step ends before it is written; and its error is not lost."""
+    teacher, options = random_model("bert", vocabulary=cases.VOCABULARY), {"steps": 4, "precision": "float32"}
+    config = hdlib.DistillConfig(**cases.CONFIG | options | {"checkpoint_every": 1, "keep_last": 3})
+    arguments = teacher, *cases._text(teacher), config
+    save, later = Run.save_checkpoint, Event()
+
+    def save_late(run, step, *content):
+        assert later.wait(60)
+        save(run, step, *content)
+
+    def passed(record):
+        if record["step"] == 2:
+            later.set()
+
+    run = hdlib.distill(*arguments, tmp_path / "at once")
+    monkeypatch.setattr(Run, "save_checkpoint", save_late)
+    late = hdlib.distill(*arguments, tmp_path / "late", on_step=passed)
+    assert [folder.name for folder in late.checkpoints()] == [f"step_{step:08d}" for step in (1, 2, 3)]
+    for mine, expected in zip(late.checkpoints(), run.checkpoints(), strict=True):
+        mine, expected = (load_file(folder / "model.safetensors") for folder in (mine, expected))
+        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+
+    def full_disk(*content):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Run, "save_checkpoint", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        hdlib.distill(*arguments, tmp_path / "full")
 
 
 def test_the_cost_of_a_run(teacher, pretend_device, monkeypatch):  # noqa: F811
