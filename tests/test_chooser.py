@@ -214,7 +214,7 @@ def test_the_notebook_runs_the_exported_settings(widget, tmp_path, text_file):
 
 
 def test_time_and_memory_are_measured_on_this_machine(widget, monkeypatch):
-    monkeypatch.setattr(hdlib.lab.cost, "STEPS", 12)
+    monkeypatch.setattr(hdlib.lab.cost, "STEPS", 6)
     button = widget.buttons["measure"]
     choose(widget, batch_size=2, length=16, precision="float32")
     button.click()
@@ -273,10 +273,15 @@ def test_run_starts_a_run_that_finishes(widget, tmp_path, text_file, monkeypatch
     assert "student: " in (tmp_path / "new" / "small.log").read_text()
     until(lambda: not widget.buttons["run"].disabled)
     assert widget.buttons["stop"].disabled
-    choose(widget, steps=8)  # the folder holds another run
+
+
+@pytest.mark.full
+def test_run_in_the_folder_of_another_run_names_the_difference(widget, tmp_path, text_file):
+    small_run(widget, tmp_path, text_file, steps=8)
+    hdlib.Run.start(tmp_path / "new" / "small", {"config": widget.config.to_dict() | {"steps": 6}})
     widget.buttons["run"].click()
     until(lambda: "alert" in widget.status.value)
-    assert "steps was 6, is 8" in widget.status.value, "the message names the difference"
+    assert "steps was 6, is 8" in widget.status.value
 
 
 @pytest.mark.full

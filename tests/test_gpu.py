@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +14,7 @@ import torch
 
 from experiments.gpu import cases
 from experiments.gpu.pack import load_pack
+from experiments.gpu.pack import main as make_pack
 from experiments.gpu.part import Part, Plan
 
 from conftest import full, sentences
@@ -27,16 +30,14 @@ def pack(tmp_path_factory):
     for name, documents in {"train": 300, "validation": 60}.items():
         text = [" ".join(sentences(20, seed)) for seed in range(documents)]
         pd.DataFrame({"text": text}).to_parquet(folder / f"{name}.parquet")
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.gpu.pack",
-        str(ROOT / "hdlib" / "teacher"),
-        str(folder / "train.parquet"),
-    ]
-    command += ["--validation", str(folder / "validation.parquet"), "--folder", str(folder / "pack")]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert made.stdout.strip().splitlines()[-1] == f"python -m experiments.gpu --pack {folder / 'pack'} --minutes 8"
+    text = [str(ROOT / "hdlib" / "teacher"), str(folder / "train.parquet")]
+    text += ["--validation", str(folder / "validation.parquet"), "--folder", str(folder / "pack")]
+    printed = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["pack", *text])
+        make_pack()
+    last = printed.getvalue().strip().splitlines()[-1]
+    assert last == f"python -m experiments.gpu --pack {folder / 'pack'} --minutes 8"
     return folder / "pack"
 
 

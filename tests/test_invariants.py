@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hdlib
@@ -30,7 +30,7 @@ TRAINED = ("bert untied", "albert, two groups", "gpt2", "qwen2")  # twenty times
 def cases() -> Iterator:
     """Every family, width and ratio; by default one width and ratio for each family, so that all pairs of both occur.
 
-    With the random shapes below, about sixty shapes are in the default set.
+    With the random shapes below, about fifty shapes are in the default set.
     """
     seen = Counter()  # how often a pair of a width and a ratio was chosen
     for name in KINDS:
@@ -55,6 +55,7 @@ def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
     invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant and has no gradient
 def test_random_shapes(tmp_path_factory, drawn):
     _, model, widths = drawn
@@ -131,7 +132,7 @@ def test_exact_narrowing_of_the_embedded_teacher(embedded, ratio, tmp_path):
 
 def test_live_optimizer_on_the_embedded_teacher(embedded):
     teacher, batch = embedded
-    invariants.live_optimizer(teacher, [Widths.at(teacher, ratio) for ratio in RATIOS], batch)
+    invariants.live_optimizer(teacher, [Widths.at(teacher, 0.29)], batch)
 
 
 def test_taylor_on_the_embedded_teacher(embedded):

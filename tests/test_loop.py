@@ -66,7 +66,7 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
     assert DistillConfig(**run.arguments["config"]) == config
 
 
-@pytest.mark.parametrize(("weights", "share"), [({}, 1.0), (dict.fromkeys(("mlm", *STATES), 0.0), 0.5)])
+@pytest.mark.parametrize(("weights", "share"), [({}, 1.0), *full((dict.fromkeys(("mlm", *STATES), 0.0), 0.5))])
 def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_path):
     """A trained student is closer to the teacher than a narrowed one, much closer if KL is the only term."""
     config = DistillConfig(**ARGUMENTS | {"steps": 200, "eval_every": 200, "checkpoint_every": 200} | weights)
