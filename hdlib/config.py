@@ -42,7 +42,7 @@ class DistillConfig:
     prune_start: float = option(0.05, "t_i as a fraction of the steps")
     prune_end: float = option(0.70, "t_f as a fraction of the steps")
     prune_every: int = option(10, "steps between two prunes", least=1)
-    scorer: str = option("sensitivity", "importance: sensitivity, platon, magnitude, movement or random")
+    scorer: str = option("sensitivity", "importance: sensitivity, platon, magnitude, movement, random, reconstruction")
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
     masked: bool = option(False, "mask neurons during training and remove them at the end (the dense baseline)")
     recover: bool = option(False, "masked neurons may return until t_f; implies masks")
@@ -103,6 +103,8 @@ class DistillConfig:
             raise ValueError(f"initial='random' starts at the target shape, but {wide}")
         if self.under_masks and self.compensate:
             raise ValueError("compensate=True changes weights for good: use masked=False, recover=False, scope='local'")
+        if self.scorer == "reconstruction" and not self.compensate:
+            raise ValueError("scorer='reconstruction' ranks by the error after a fold: set compensate=True")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 
     def check(self, teacher: PreTrainedModel, tokenizer, train, validation, processes: int = 1) -> Widths:

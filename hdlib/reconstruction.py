@@ -128,6 +128,22 @@ class Compensation:
             self._moments[name] = Moments(*(reduce(each, "mean") for each in sums))
 
     @torch.no_grad()
+    def errors_of_hidden(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """By group, the squared error that removing one hidden neuron alone leaves in what layers make of it, (D,).
+
+        After the fold it is |w_i|^2 / [C^-1]_ii, with the row w_i of a layer's weight (D, out) and the covariance C of
+        what the layer reads (optimal brain surgeon, Hassibi et al., 1993); the sum over all layers that read it.
+        """
+        layers = self._layers or _Layers.of(model)
+        hidden = {name: axis for name, axis in layers.readers.items() if axis[0].group == HIDDEN}
+        fits = _Fits(self._moments, self._source, hidden, {})
+        errors = [
+            doubled(reader_weight(model, name).square().sum(1)) * fits.unexplained(name)
+            for name in filter(self._source.__contains__, hidden)
+        ]
+        return {HIDDEN: sum(errors).float()} if errors else {}
+
+    @torch.no_grad()
     def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:
         """Change weights so that `hdlib.narrow` to the neurons `kept` changes outputs and projections little."""
         layers = self._layers or _Layers.of(model)
@@ -135,9 +151,8 @@ class Compensation:
         axes |= {name: layers.hidden for name in self._source if name.startswith(STATES)}
         fits = _Fits(self._moments, self._source, axes, kept)
         for name in filter(fits.narrows, layers.readers):
-            module = model.get_submodule(name)
-            weight = module.weight if input_axis(module) == 0 else module.weight.T  # (D, out)
-            fold(weight, module.bias, *fits.fit(name, centred=module.bias is not None))
+            bias = model.get_submodule(name).bias
+            fold(reader_weight(model, name), bias, *fits.fit(name, centred=bias is not None))
         targets = {}  # of the norm before a decoder that shares its weights with the embedding: they cannot be folded
         for name in filter(fits.narrows, layers.tied):
             targets[self._source[name]] = expressed(model.get_submodule(name), fits.means(name)[0], fits.indices(name))
@@ -206,13 +221,24 @@ class _Fits:
         return name in self.source and len(self.indices(name)) < len(self.moments[self.source[name]].total)
 
     def fit(self, name: str, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        source = self.source[name]
-        if (source, centred) not in self._made:
-            tokens, total, _ = self.moments[source]
+        key = self.source[name], centred
+        if key not in self._made:
+            tokens, total, _ = self.moments[self.source[name]]
             read = PartialState().num_processes * tokens  # by all of them
             ridge = RIDGE if read > ENOUGH * len(total) else RIDGE_OF_FEW
-            self._made[source, centred] = regression(*self.means(name), self.indices(name), centred, ridge)
-        return self._made[source, centred]
+            self._made[key] = regression(*self.means(name), self.indices(name), centred, ridge)
+        return self._made[key]
+
+    def unexplained(self, name: str) -> Tensor:
+        """The variance of each neuron that a layer reads, (D,), which all others together do not explain."""
+        key = self.source[name], ()
+        if key not in self._made:
+            mean, products = self.means(name)
+            covariance = products - torch.outer(mean, mean)
+            # After a norm each neuron is a function of all others, which a small ridge would take for no error.
+            inverse = _solve(covariance, torch.eye(len(mean)).to(mean), RIDGE_OF_FEW)
+            self._made[key] = 1 / inverse.diagonal()
+        return self._made[key]
 
 
 def regression(
@@ -289,6 +315,12 @@ def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, ta
     if shifted:
         mean_target = mean[kept] if targets is None else targets @ mean
         norm.bias[kept] = (mean_target - new * of_n / deviation.sqrt()).to(norm.bias)
+
+
+def reader_weight(model: PreTrainedModel, name: str) -> Tensor:
+    """The weight of a linear layer, (D, out)."""
+    module = model.get_submodule(name)
+    return module.weight if input_axis(module) == 0 else module.weight.T
 
 
 def input_axis(module: nn.Module) -> int | None:

@@ -181,7 +181,25 @@ class Random(Scorer):
             self._averages = {group.name: torch.rand(group.size, generator=self._generator) for group in groups}
 
 
-SCORERS = {kind.__name__.lower(): kind for kind in (Sensitivity, Platon, Magnitude, Movement, Random)}
+class Reconstruction(Sensitivity):
+    """Sensitivity, but of hidden neurons the error that removing one leaves after its fold.
+
+    That of other groups is not known, or small. `compensation` has the moments (`hdlib.reconstruction.Compensation`).
+    """
+
+    def __init__(self, compensation, smoothing: float = 0.85):
+        super().__init__(smoothing)
+        self.compensation, self._model = compensation, None
+
+    def update(self, model: PreTrainedModel) -> None:
+        self._model = model
+        super().update(model)
+
+    def scores(self) -> dict[str, Tensor]:
+        return super().scores() | self.compensation.errors_of_hidden(self._model)
+
+
+SCORERS = {kind.__name__.lower(): kind for kind in (Sensitivity, Platon, Magnitude, Movement, Random, Reconstruction)}
 
 
 def scorer(name: str = "sensitivity", **options) -> Scorer:

@@ -53,9 +53,10 @@ class Training:
         sizes = teacher.config.hidden_size, teacher.config.num_hidden_layers, Widths.of(student).heads
         options = config.loss_options() | {"student_hidden_size": Widths.of(student).hidden}
         self.loss = DistillationLoss(*sizes, **options).to(teacher.device)
-        self.importance = scorer(config.scorer, **config.scorer_options())
         self.masks = Masks(student, self.loss, config.scope, config.recover) if config.under_masks else None
         self.compensation = Compensation() if config.compensate else None
+        moments = {"compensation": self.compensation} if config.scorer == "reconstruction" else {}
+        self.importance = scorer(config.scorer, **config.scorer_options(), **moments)
         self.optimizer = _optimizer(student, self.loss, config)
         warmup = round(config.warmup * config.steps)
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)

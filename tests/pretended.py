@@ -31,6 +31,7 @@ PRETENDED = (
 )
 MORE = (
     "float32: narrowed, platon",
+    "float32: narrowed, reconstruction",
     "float32: narrowed, sensitivity",
     "float32: narrowed, magnitude",
     "float32: narrowed, movement",

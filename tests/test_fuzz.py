@@ -42,7 +42,7 @@ GOOD = {
     "prune_start": [0.0, 0.2],
     "prune_end": [0.6, 1.0, 1],
     "prune_every": [1, 2, 7],
-    "scorer": ["sensitivity", "platon", "magnitude", "movement", "random"],
+    "scorer": ["sensitivity", "platon", "magnitude", "movement", "random", "reconstruction"],
     "smoothing": [0.0, 0.5, 0.99],
     "masked": [True, False],
     "recover": [True, False],

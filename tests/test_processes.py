@@ -24,7 +24,7 @@ VOCABULARY = 96
 OPTIONS = {"steps": 8, "precision": "float32", "prune_end": 0.5, "eval_every": 8, "checkpoint_every": 3}
 LATE = {"prune_start": 0.5, "prune_end": 0.8}  # a fit on few tokens enlarges differences in rounding
 RUNS = {
-    "compensated": ("bert", {"rotate": True, "compensate": True} | LATE),
+    "compensated": ("bert", {"rotate": True, "compensate": True, "scorer": "reconstruction"} | LATE),
     "micro-batches": ("bert", {"micro_batch_size": 3}),
 }
 FULL = {

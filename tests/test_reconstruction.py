@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM
+from transformers.pytorch_utils import Conv1D
 
 import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.models import forward, student_of
 from hdlib.narrowing import choose
-from hdlib.reconstruction import RIDGE, Compensation, Moments, _Layers, refit_norm, regression
+from hdlib.reconstruction import RIDGE, RIDGE_OF_FEW, Compensation, Moments, _Layers, refit_norm, regression
 from hdlib.rotation import rotate_heads
 from hdlib.widths import all_neurons, source_layers, width_groups
 
@@ -132,6 +133,35 @@ def test_every_reader_against_numpy(kind):
     assert checked > 4
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "modernbert"])
+def test_the_score_of_reconstruction_is_the_error_of_a_fold(kind):
+    """Of each hidden neuron, predicted from all others by the regression of the folds, over all layers that read it."""
+    model = random_model(kind).eval()
+    compensation = observed(model)
+    scorer, sensitivity = hdlib.scorer("reconstruction", compensation=compensation), hdlib.scorer("sensitivity")
+    model(rows(4)).logits.square().sum().backward()
+    scorer.update(model), sensitivity.update(model)
+    found, others = scorer.scores(), sensitivity.scores()
+    expected = torch.zeros(Widths.of(model).hidden, dtype=torch.float64)
+    for name, (block, *_) in _Layers.of(model).readers.items():
+        if block.group != "hidden":
+            continue
+        module = model.get_submodule(name)
+        weight = module.weight if isinstance(module, Conv1D) else module.weight.T  # (D, out)
+        mean, products = compensation._moments[compensation._source[name]].means()
+        covariance = products - torch.outer(mean, mean)
+        size = covariance.diagonal().mean()
+        for neuron in range(len(mean)):
+            rest = torch.arange(len(mean)) != neuron
+            ridge = RIDGE_OF_FEW * size / covariance.diagonal()[rest].mean()  # in the units of the regression
+            _, _, fit, _ = regression(mean, products, rest.nonzero()[:, 0], True, float(ridge))
+            error = covariance[neuron, neuron] - fit[0] @ covariance[neuron, rest] + RIDGE_OF_FEW * size
+            expected[neuron] += weight[neuron].double().square().sum() * error
+    torch.testing.assert_close(found["hidden"].double(), expected, rtol=1e-5, atol=0)
+    assert found.keys() == others.keys()
+    assert all(torch.equal(found[name], others[name]) for name in found.keys() - {"hidden"})
+
+
 @pytest.mark.parametrize("kind", [*SOME, *full(*(kind for kind in KINDS if kind not in SOME))])
 def test_a_fold_of_nothing_changes_nothing(kind):
     model = random_model(kind).eval()
@@ -233,6 +263,11 @@ def test_compensated_runs(teacher, tokenizer, blocks, tmp_path):
 def test_compensation_under_masks_is_refused():
     with pytest.raises(ValueError, match=r"compensate=True changes weights.*masked=False"):
         DistillConfig(compensate=True, recover=True)
+
+
+def test_reconstruction_needs_the_moments_of_compensation():
+    with pytest.raises(ValueError, match=r"scorer='reconstruction' .* set compensate=True"):
+        DistillConfig(scorer="reconstruction")
 
 
 def test_the_head_gives_moments_of_all_tokens():

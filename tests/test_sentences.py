@@ -15,6 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from transformers import AutoModel
 
 import hdlib
@@ -22,6 +23,7 @@ import hdlib.__main__
 from hdlib import DistillationLoss, DistillConfig, Pooling, Widths
 from hdlib.config import ENCODER_TERMS
 from hdlib.data import Sentences, TrainingBatches, micro_batches, sample
+from hdlib.discrepancy import embedding_measures
 from hdlib.downstream import load_pairs, retrieval, sts
 from hdlib.lab.export import save_sentence_encoder, to_onnx
 from hdlib.losses import embedding_loss, similarity_loss
@@ -261,6 +263,24 @@ def test_a_run_from_start_to_end(run, tokenizer, text):
     assert "cosine distance to the teacher" in hdlib.lab.run_figure.RunFigure(run).describe(12)
     assert hdlib.lab.plot_discrepancy(run).axes[0].get_ylabel().startswith("cosine distance")
     assert hdlib.lab.final_table({"a": [run]}).loc[0, "recall"] == metrics["held_out_recall"].iloc[-1]
+
+
+def test_measures_of_embeddings_against_numpy_and_scipy():
+    draw = np.random.default_rng(3)
+    teacher, student = (draw.normal(size=(15, 4)) for _ in range(2))
+    student += teacher
+    teacher, student = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (teacher, student))
+    found = embedding_measures(torch.tensor(student), torch.tensor(teacher))
+    assert found["cosine_distance"] == pytest.approx(1 - (student * teacher).sum(1).mean())
+    pairs = np.triu_indices(15, 1)
+    correlation = spearmanr((student @ student.T)[pairs], (teacher @ teacher.T)[pairs]).statistic
+    assert found["rank_correlation"] == pytest.approx(correlation)
+    hits = 0
+    for row in range(15):
+        others = np.delete(np.arange(15), row)
+        nearest = [set(others[np.argsort(-(each[row] @ teacher[others].T))[:10]]) for each in (student, teacher)]
+        hits += len(nearest[0] & nearest[1])
+    assert found["recall"] == pytest.approx(hits / 150)
 
 
 def test_the_saved_student_has_the_measured_distance(run, data, tokenizer):

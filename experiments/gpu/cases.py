@@ -59,7 +59,7 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, GROUPED),
 }
 RUNS = {  # what differs from CONFIG
-    **{f"narrowed, {name}": {"scorer": name} for name in SCORERS},
+    **{f"narrowed, {name}": {"scorer": name, "compensate": name == "reconstruction"} for name in SCORERS},
     "masked": {"masked": True},
     "masked, neurons return": {"recover": True},
     "masked, global": {"scope": "global"},
