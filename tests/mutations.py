@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_ONCE = "accelerate datasets hypothesis matplotlib.pyplot pandas papermill scipy.optimize sklearn.metrics torch"
 NEAREST = {
-    "config": "schedules cost loop bad_input",
+    "config": "schedules cost loop masking bad_input",
     "checkpoints": "faults loop",
     "data": "data causal sentences loop",
     "discrepancy": "discrepancy sentences study",

@@ -59,10 +59,11 @@ def whole(run_in, tmp_path_factory):
 
 
 def is_undisturbed(run, whole) -> None:
-    """Check for bit-equal weights and equal metrics of every step, apart from the clocks."""
+    """Check for bit-equal weights and equal records of every step, apart from the clocks."""
     expected, got = weights(whole), weights(run)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
     assert run.metrics.drop(columns=CLOCKS).equals(whole.metrics.drop(columns=CLOCKS))
+    assert run.records("blocks.jsonl") == whole.records("blocks.jsonl")
 
 
 def stop_at(step):
