@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import astuple, dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
+from operator import eq
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,7 +20,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
 from ..data import Blocks, Masking, NextToken, labelled_once
@@ -138,6 +139,25 @@ def forward_table(
 
 def _random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     return torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)
+
+
+def vocabulary_table(
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], texts: Iterable[str]
+) -> pd.DataFrame:
+    """The round trip of held-out texts through vocabularies: a row for each model with its tokenizer.
+
+    Columns: model; entries; parameters; `tokens`, mean per text; `unknown`, fraction of the tokens; `same_text`,
+    fraction of the texts that decode as by the first tokenizer.
+    """
+    texts, rows, first = list(texts), [], None
+    for name, (model, tokenizer) in models.items():
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens, decoded = [*chain.from_iterable(ids)], tokenizer.batch_decode(ids)
+        first = first or decoded
+        row = {"model": name, "entries": len(tokenizer), "parameters": model.num_parameters()}
+        row |= {"tokens": len(tokens) / len(texts), "unknown": tokens.count(tokenizer.unk_token_id) / len(tokens)}
+        rows.append(row | {"same_text": np.mean([*map(eq, first, decoded)])})
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
