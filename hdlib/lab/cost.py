@@ -246,9 +246,15 @@ def _products(widths: Widths, wide: Widths) -> list[float]:
 
 def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:
     """Operations of one block through the layers, and through the head at the loss positions."""
-    config = deepcopy(teacher.config)
-    set_widths(teacher, config, widths)
+    config = shape_config(teacher, widths)
     return flops(config, length) + 2 * loss_positions * config.hidden_size * (config.hidden_size + config.vocab_size)
+
+
+def shape_config(model: PreTrainedModel, widths: Widths) -> PreTrainedConfig:
+    """The config of a model of this shape."""
+    config = deepcopy(model.config)
+    set_widths(model, config, widths)
+    return config
 
 
 def placeholder_tokenizer(vocab_size: int, pad_token_id: int | None = None) -> BertTokenizerFast:
