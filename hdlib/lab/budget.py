@@ -29,7 +29,7 @@ from ..narrowing import narrow, stock_model
 from ..rotation import rotate_heads
 from ..training import Training
 from ..widths import Widths, family
-from .cost import flops, latency, shape_config
+from .cost import fitted_count, flops, latency, shape_config
 
 SCORED, BLOCKS = 4, 8  # batches that are read for scores and moments, and blocks of each
 ROTATED = 32  # blocks whose moments decide how heads are rotated
@@ -89,11 +89,10 @@ def shapes(
     Raises ValueError for a budget below the smallest shape, and for what `hdlib.distill` refuses.
     """
     names = _changeable(teacher)
-    smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
-    config = _config(teacher, smallest)
+    costs = _Costs(teacher, names, length)
+    config = _config(teacher, costs.smallest)
     config.check(teacher, tokenizer, train, validation)
-    costs = _Costs(teacher, length)
-    fits = costs.within(budget, smallest)
+    fits = costs.within(budget.limits)
     training = _scored(teacher, tokenizer, train, validation, config)
     ways = _Ways(teacher, names, fits, multiple_of)
 
@@ -184,39 +183,46 @@ class _Ways:
 
 
 class _Costs:
-    """Costs of shapes that need no weights; a latency is interpolated over their operations."""
+    """Costs of shapes that need no weights; a latency is interpolated over operations."""
 
-    def __init__(self, teacher: PreTrainedModel, length: int):
-        self.teacher, self.length = teacher, length
+    def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
+        self.teacher, self.length, self.wide = teacher, length, Widths.of(teacher)
+        self.smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
         self.parameters = cache(lambda shape: stock_model(teacher, shape).num_parameters())
-        self.flops = cache(lambda shape: flops(shape_config(teacher, shape), length))
+        self.names = names
 
     def counted(self, shape: Widths) -> dict[str, float]:
         parameters = self.parameters(shape)
-        return {"parameters": parameters, "megabytes": 4e-6 * parameters, "flops": self.flops(shape)}
+        counts = {"parameters": parameters, "megabytes": 4e-6 * parameters}
+        return counts | {"flops": flops(shape_config(self.teacher, shape), self.length)}
 
-    def within(self, budget: Budget, smallest: Widths) -> Callable[[Widths], bool]:
+    def within(self, limits: dict[str, float]) -> Callable[[Widths], bool]:
         """Whether a shape is within a budget. Raises ValueError if the smallest one is not."""
-        limits = budget.limits
         measures = {"parameters": self.parameters, "megabytes": lambda shape: 4e-6 * self.parameters(shape)}
-        measures |= {"flops": self.flops}
+        if {"flops", "milliseconds"} & limits.keys():
+            measures["flops"] = self._flops()
         if "milliseconds" in limits:
-            measures["milliseconds"] = self._interpolated(smallest)
+            measures["milliseconds"] = self._milliseconds(measures["flops"])
         for name, limit in limits.items():
-            if (least := measures[name](smallest)) > limit:
-                reason = f"{name}={limit:g} is below the {least:.4g} of the smallest shape, {smallest}"
+            if (least := measures[name](self.smallest)) > limit:
+                reason = f"{name}={limit:g} is below the {least:.4g} of the smallest shape, {self.smallest}"
                 raise ValueError(f"no shape is within the budget: {reason}; raise it, or trim the vocabulary first")
         return lambda shape: all(measures[name](shape) <= limit for name, limit in limits.items())
 
-    def _interpolated(self, smallest: Widths) -> Callable[[Widths], float]:
-        wide = Widths.of(self.teacher)
-        some = [smallest, wide.between(smallest, 0.5, self.teacher), wide]
+    def _flops(self) -> Callable[[Widths], int]:
+        ratios = product((0.1, 0.6, 1.0), repeat=len(self.names))
+        some = [_narrowed(self.teacher, dict(zip(self.names, each, strict=True))) for each in ratios]
+        fitted = fitted_count(lambda shape: flops(shape_config(self.teacher, shape), self.length), some, self.wide)
+        return lambda shape: round(fitted(shape))
+
+    def _milliseconds(self, count: Callable[[Widths], int]) -> Callable[[Widths], float]:
+        some = [self.smallest, self.wide.between(self.smallest, 0.5, self.teacher), self.wide]
         models = {shape: deepcopy(self.teacher) for shape in some}
         for shape, model in models.items():
             narrow(model, shape)
-        milliseconds = latency(models, 1, self.length, REPEATS)
-        line = [*zip(*sorted((self.flops(shape), milliseconds[shape]) for shape in some), strict=True)]
-        return lambda shape: float(np.interp(self.flops(shape), *line))
+        timed = latency(models, 1, self.length, REPEATS)
+        line = [*zip(*((count(shape), timed[shape]) for shape in some), strict=True)]
+        return lambda shape: float(np.interp(count(shape), *line))
 
 
 def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Training:

@@ -231,10 +231,18 @@ def operations(
     uses_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
     of_teacher = _forward(teacher, wide, length, loss_positions) if uses_teacher else 0.0
     some = sorted(set(np.linspace(0, len(shapes) - 1, COUNTED).round().astype(int)))
-    counted = [_forward(teacher, shapes[each], length, loss_positions) for each in some]
-    products = np.array([_products(widths, wide) for widths in shapes])  # (shapes, products)
-    weights = np.linalg.lstsq(products[some], np.array(counted, dtype=float))[0]
-    return dict(zip(shapes, (of_teacher + 3 * products @ weights).tolist(), strict=True))
+    forward = fitted_count(
+        lambda shape: _forward(teacher, shape, length, loss_positions), map(shapes.__getitem__, some), wide
+    )
+    return {shape: of_teacher + 3 * forward(shape) for shape in shapes}
+
+
+def fitted_count(count: Callable[[Widths], float], some: Iterable[Widths], wide: Widths) -> Callable[[Widths], float]:
+    """The operations of any shape, by a linear fit to those of `some`, which differ in all widths that change."""
+    some = list(some)
+    products = np.array([_products(shape, wide) for shape in some])  # (shapes, products)
+    weights = np.linalg.lstsq(products, np.array([count(shape) for shape in some], dtype=float))[0]
+    return lambda shape: float(_products(shape, wide) @ weights)
 
 
 def _products(widths: Widths, wide: Widths) -> list[float]:
