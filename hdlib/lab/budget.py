@@ -186,21 +186,25 @@ class _Costs:
     """Costs of shapes that need no weights; a latency is interpolated over operations."""
 
     def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
-        self.teacher, self.length, self.wide = teacher, length, Widths.of(teacher)
+        self.teacher, self.names, self.length, self.wide = teacher, names, length, Widths.of(teacher)
         self.smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
-        self.parameters = cache(lambda shape: stock_model(teacher, shape).num_parameters())
-        self.names = names
+
+    def parameters(self, shape: Widths) -> int:
+        return stock_model(self.teacher, shape).num_parameters()
+
+    def flops(self, shape: Widths) -> int:
+        return flops(shape_config(self.teacher, shape), self.length)
 
     def counted(self, shape: Widths) -> dict[str, float]:
         parameters = self.parameters(shape)
-        counts = {"parameters": parameters, "megabytes": 4e-6 * parameters}
-        return counts | {"flops": flops(shape_config(self.teacher, shape), self.length)}
+        return {"parameters": parameters, "megabytes": 4e-6 * parameters, "flops": self.flops(shape)}
 
     def within(self, limits: dict[str, float]) -> Callable[[Widths], bool]:
         """Whether a shape is within a budget. Raises ValueError if the smallest one is not."""
-        measures = {"parameters": self.parameters, "megabytes": lambda shape: 4e-6 * self.parameters(shape)}
+        parameters = self._fitted(self.parameters)
+        measures = {"parameters": parameters, "megabytes": lambda shape: 4e-6 * parameters(shape)}
         if {"flops", "milliseconds"} & limits.keys():
-            measures["flops"] = self._flops()
+            measures["flops"] = self._fitted(self.flops)
         if "milliseconds" in limits:
             measures["milliseconds"] = self._milliseconds(measures["flops"])
         for name, limit in limits.items():
@@ -209,11 +213,11 @@ class _Costs:
                 raise ValueError(f"no shape is within the budget: {reason}; raise it, or trim the vocabulary first")
         return lambda shape: all(measures[name](shape) <= limit for name, limit in limits.items())
 
-    def _flops(self) -> Callable[[Widths], int]:
+    def _fitted(self, count: Callable[[Widths], int]) -> Callable[[Widths], int]:
         ratios = product((0.1, 0.6, 1.0), repeat=len(self.names))
         some = [_narrowed(self.teacher, dict(zip(self.names, each, strict=True))) for each in ratios]
-        fitted = fitted_count(lambda shape: flops(shape_config(self.teacher, shape), self.length), some, self.wide)
-        return lambda shape: round(fitted(shape))
+        fitted = fitted_count(count, some, self.wide)
+        return cache(lambda shape: round(fitted(shape)))
 
     def _milliseconds(self, count: Callable[[Widths], int]) -> Callable[[Widths], float]:
         some = [self.smallest, self.wide.between(self.smallest, 0.5, self.teacher), self.wide]

@@ -238,7 +238,7 @@ def operations(
 
 
 def fitted_count(count: Callable[[Widths], float], some: Iterable[Widths], wide: Widths) -> Callable[[Widths], float]:
-    """The operations of any shape, by a linear fit to those of `some`, which differ in all widths that change."""
+    """Operations or parameters of any shape, by a linear fit to those of `some`, which differ in all that changes."""
     some = list(some)
     products = np.array([_products(shape, wide) for shape in some])  # (shapes, products)
     weights = np.linalg.lstsq(products, np.array([count(shape) for shape in some], dtype=float))[0]
