@@ -24,6 +24,7 @@ _MODULE_OF = {
         "schedules": "cubic linear one_shot",
         "scorers": "scorer",
         "sentences": "Pooling encode",
+        "vocabulary": "trim_vocabulary",
         "widths": "UnsupportedArchitecture Widths width_groups",
     }.items()
     for name in names.split()

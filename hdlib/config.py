@@ -230,7 +230,10 @@ class DistillConfig:
             number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
             possible = number and 0 < self.target <= 1
             got = f"{_short(self.target)}{hint(self.target, float)}"
-            _require(possible, f"target is a fraction to keep, in (0, 1], or Widths; got {got}")
+            _require(
+                possible,
+                f"target is a fraction to keep, in (0, 1], or Widths (for a Budget: hdlib.lab.shapes); got {got}",
+            )
             object.__setattr__(self, "target", float(self.target))
         pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
         valid = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)

@@ -62,7 +62,7 @@ def narrow(
         if parameter.shape != stock.get_parameter(name).shape:
             _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
     set_widths(model, model.config, new)
-    _copy_derived_attributes(model, stock)
+    copy_derived_attributes(model, stock)
     return kept
 
 
@@ -203,7 +203,7 @@ def stock_model(model: PreTrainedModel, widths: Widths, device: str = "meta") ->
         return type(model)(config)
 
 
-def _copy_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
+def copy_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
     """Copy every plain number that the stock constructor derives from the widths: in_features, scaling, ..."""
     for module, fresh in zip(model.modules(), stock.modules(), strict=True):
         for name, value in vars(fresh).items():

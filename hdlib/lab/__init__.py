@@ -5,6 +5,7 @@ from importlib import import_module
 from .. import _MOVED
 
 _NAMES = {
+    "budget": "Budget shapes",
     "study": "Study final_table overlap paired_differences pick save_result verdict",
     "plots": "mark_smoke panel plot_arms plot_discrepancy plot_ends plot_layers plot_losses plot_schedule",
     "run_figure": "plot_run",

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import astuple, dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
+from operator import eq
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,7 +20,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
 from ..data import Blocks, Masking, NextToken, labelled_once
@@ -140,6 +141,25 @@ def _random_tokens(model: PreTrainedModel, batch_size: int, length: int) -> Tens
     return torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)
 
 
+def vocabulary_table(
+    models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], texts: Iterable[str]
+) -> pd.DataFrame:
+    """The round trip of held-out texts through vocabularies: a row for each model with its tokenizer.
+
+    Columns: model; entries; parameters; `tokens`, mean per text; `unknown`, fraction of the tokens; `same_text`,
+    fraction of the texts that decode as by the first tokenizer.
+    """
+    texts, rows, first = list(texts), [], None
+    for name, (model, tokenizer) in models.items():
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens, decoded = [*chain.from_iterable(ids)], tokenizer.batch_decode(ids)
+        first = first or decoded
+        row = {"model": name, "entries": len(tokenizer), "parameters": model.num_parameters()}
+        row |= {"tokens": len(tokens) / len(texts), "unknown": tokens.count(tokenizer.unk_token_id) / len(tokens)}
+        rows.append(row | {"same_text": np.mean([*map(eq, first, decoded)])})
+    return pd.DataFrame(rows)
+
+
 @dataclass(frozen=True)
 class Projection:
     """Cost of a whole run on devices like this one."""
@@ -211,10 +231,18 @@ def operations(
     uses_teacher = DistillationLoss(1, 1, 1, **config.loss_options()).compares
     of_teacher = _forward(teacher, wide, length, loss_positions) if uses_teacher else 0.0
     some = sorted(set(np.linspace(0, len(shapes) - 1, COUNTED).round().astype(int)))
-    counted = [_forward(teacher, shapes[each], length, loss_positions) for each in some]
-    products = np.array([_products(widths, wide) for widths in shapes])  # (shapes, products)
-    weights = np.linalg.lstsq(products[some], np.array(counted, dtype=float))[0]
-    return dict(zip(shapes, (of_teacher + 3 * products @ weights).tolist(), strict=True))
+    forward = fitted_count(
+        lambda shape: _forward(teacher, shape, length, loss_positions), map(shapes.__getitem__, some), wide
+    )
+    return {shape: of_teacher + 3 * forward(shape) for shape in shapes}
+
+
+def fitted_count(count: Callable[[Widths], float], some: Iterable[Widths], wide: Widths) -> Callable[[Widths], float]:
+    """Operations or parameters of any shape, by a linear fit to those of `some`, which differ in all that changes."""
+    some = list(some)
+    products = np.array([_products(shape, wide) for shape in some])  # (shapes, products)
+    weights = np.linalg.lstsq(products, np.array([count(shape) for shape in some], dtype=float))[0]
+    return lambda shape: float(_products(shape, wide) @ weights)
 
 
 def _products(widths: Widths, wide: Widths) -> list[float]:
@@ -226,9 +254,15 @@ def _products(widths: Widths, wide: Widths) -> list[float]:
 
 def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:
     """Operations of one block through the layers, and through the head at the loss positions."""
-    config = deepcopy(teacher.config)
-    set_widths(teacher, config, widths)
+    config = shape_config(teacher, widths)
     return flops(config, length) + 2 * loss_positions * config.hidden_size * (config.hidden_size + config.vocab_size)
+
+
+def shape_config(model: PreTrainedModel, widths: Widths) -> PreTrainedConfig:
+    """The config of a model of this shape."""
+    config = deepcopy(model.config)
+    set_widths(model, config, widths)
+    return config
 
 
 def placeholder_tokenizer(vocab_size: int, pad_token_id: int | None = None) -> BertTokenizerFast:

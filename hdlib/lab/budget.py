@@ -1,0 +1,253 @@
+"""From a budget to a shape: shapes within it, what each costs, and the loss that is predicted for it.
+
+    table = hdlib.lab.shapes(teacher, tokenizer, *blocks, hdlib.lab.Budget(parameters=20e6, milliseconds=10))
+    config = hdlib.DistillConfig(target=table["shape"][0])
+
+A run is given a shape and not a budget: latency differs between devices and minutes, and a run must resume as it began.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from itertools import compress, product
+from math import inf
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import DistillConfig
+from ..data import Masking, NextToken, TrainingBatches, as_blocks, batches, sample
+from ..discrepancy import main_measure
+from ..models import frozen_copy, is_encoder
+from ..narrowing import narrow, stock_model
+from ..rotation import rotate_heads
+from ..training import Training
+from ..widths import Widths, family
+from .cost import fitted_count, flops, latency, shape_config
+
+SCORED, BLOCKS = 4, 8  # batches that are read for scores and moments, and blocks of each
+ROTATED = 32  # blocks whose moments decide how heads are rotated
+HELD_OUT = 16  # blocks on which shapes are compared
+PATH = 256  # shapes on the way from the teacher to a narrow shape
+REPEATS = 5  # of a timed forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The most that a model may cost; None: any. Raises ValueError without a limit, or for one that is not above 0."""
+
+    parameters: float | None = None  # all of them, tied ones once
+    megabytes: float | None = None  # of the weights in float32; 10^6 bytes
+    flops: float | None = None  # floating-point operations of a forward of one sequence, without the head
+    milliseconds: float | None = None  # of a forward of one sequence on the device of the teacher, with the head
+
+    def __post_init__(self):
+        if not (limits := self.limits):
+            raise ValueError(f"the budget has no limit: give one of {', '.join(each.name for each in fields(self))}")
+        for name, limit in limits.items():
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+                raise ValueError(f"{name}={limit} is no limit of a budget: take a number above 0")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        return {name: limit for name, limit in asdict(self).items() if limit is not None}
+
+
+def shapes(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train,
+    validation,
+    budget: Budget,
+    *,
+    count: int = 20,
+    length: int = 128,
+    multiple_of: int = 1,
+) -> pd.DataFrame:
+    """Shapes that use up a budget, the best one first.
+
+    First those on the straight ways from the teacher on which some widths fall and the others stay; then those beside
+    the best one. The feed-forward width is the one that the budget leaves.
+
+    Args:
+        teacher, tokenizer, train, validation: as for `hdlib.distill`; not changed.
+        count: number of shapes, at most.
+        length: S, tokens of the sequence whose operations are counted and whose forward is timed.
+        multiple_of: divides hidden and ffn; 8 or 16 on GPUs.
+
+    Returns:
+        A row a shape: `shape` (Widths), its widths, the costs that a Budget limits, and `predicted`: the held-out KL
+        in nats, for sentence encoders the cosine distance, after one compensated prune without training. It orders
+        shapes, and is far above the loss after training.
+
+    Raises ValueError for a budget below the smallest shape, and for what `hdlib.distill` refuses.
+    """
+    names = _changeable(teacher)
+    costs = _Costs(teacher, names, length)
+    config = _config(teacher, costs.smallest)
+    config.check(teacher, tokenizer, train, validation)
+    fits = costs.within(budget.limits)
+    training = _scored(teacher, tokenizer, train, validation, config)
+    ways = _Ways(teacher, names, fits, multiple_of)
+
+    def row(shape: Widths) -> dict:
+        return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, length)
+
+    rows, new, step = {}, ways.straight(), 0.25
+    while len(rows) < count and step > 0.02:
+        rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
+        best = min(rows, key=lambda shape: rows[shape]["predicted"])
+        new = [shape for shape in ways.beside(best, step) if shape not in rows]
+        step = step if new else step / 2
+    table = pd.DataFrame(rows.values()).sort_values("predicted", ignore_index=True)
+    within = table[table["milliseconds"] <= budget.limits.get("milliseconds", inf)].reset_index(drop=True)
+    if not len(within):
+        nearest = f"{table['milliseconds'].min():.3g} milliseconds"
+        raise ValueError(f"no shape was measured within {budget}: the nearest took {nearest}; lower the other limits")
+    return within
+
+
+def _config(teacher: PreTrainedModel, target: Widths) -> DistillConfig:
+    """Of a few steps without an update. The student is the teacher, where distillation terms have no gradient."""
+    steps = {"steps": SCORED, "batch_size": BLOCKS, "schedule": "one_shot", "prune_start": 0.0, "prune_end": 1.0}
+    weights = dict.fromkeys(("hidden", "attention", "embedding"), 0.0) | {"prediction": float(is_encoder(teacher))}
+    return DistillConfig(target=target, compensate=True, precision="float32", **steps, **weights)
+
+
+def _changeable(teacher: PreTrainedModel) -> list[str]:
+    """The widths that can change alone."""
+    linked, names = {"hidden"} if family(teacher).linked else set(), []
+    for name in (each.name for each in fields(Widths) if each.name not in linked):
+        try:
+            names += [name] if _narrowed(teacher, {name: 0.0}) != Widths.of(teacher) else []
+        except ValueError:  # the message says why this width is fixed
+            continue
+    return names
+
+
+def _narrowed(teacher: PreTrainedModel, ratios: dict[str, float]) -> Widths:
+    """The possible shape with about these fractions of the teacher's widths; others follow, or stay."""
+    wide, linked = Widths.of(teacher), family(teacher).linked
+    sizes = {name: max(1, round(ratio * getattr(wide, name))) for name, ratio in ratios.items()}
+    if "heads" in sizes and not linked:  # query heads that share a key/value head stay together
+        sizes["heads"] = Widths.at(teacher, max(ratios["heads"], 1e-9)).heads
+    if "hidden" in sizes:
+        heads = sizes.get("heads", wide.heads)
+        sizes["hidden"] = -(-sizes["hidden"] // heads) * heads
+    return Widths(**sizes).resolved(teacher)
+
+
+class _Ways:
+    """Shapes that use up a budget. `fits` is whether a shape is within it."""
+
+    def __init__(self, teacher: PreTrainedModel, names: list[str], fits: Callable[[Widths], bool], multiple_of: int):
+        self.teacher, self.names, self.fits, self.multiple_of = teacher, names, fits, multiple_of
+        self.wide = Widths.of(teacher)
+
+    def straight(self) -> list[Widths]:
+        """On the straight ways from the teacher on which some widths fall, all as fast, and the others stay."""
+        chosen = [
+            set(compress(self.names, each)) for each in product((True, False), repeat=len(self.names)) if any(each)
+        ]
+        ends = [_narrowed(self.teacher, dict.fromkeys(falling, 0.0)) for falling in chosen]
+        return self._filled(self._first(self.wide, end) for end in ends)
+
+    def beside(self, shape: Widths, step: float) -> list[Widths]:
+        """Shapes of which one width is more or less by this fraction of the teacher's."""
+        ratios = {name: getattr(shape, name) / getattr(self.wide, name) for name in self.names if name != "ffn"}
+        found = []
+        for name, move in product(ratios, (-step, step)):
+            with suppress(ValueError):  # the hidden width of the embeddings
+                found.append(_narrowed(self.teacher, ratios | {name: min(1.0, max(0.0, ratios[name] + move))}))
+        return self._filled(found)
+
+    def _filled(self, found: Iterable[Widths | None]) -> list[Widths]:
+        """With the widest ffn, the finest of the widths, that the budget allows; without those outside of it."""
+        ways = ((replace(shape, ffn=self.wide.ffn), replace(shape, ffn=1)) for shape in found if shape)
+        return list(dict.fromkeys(filter(None, (self._first(*way) for way in ways))))
+
+    def _first(self, wide: Widths, narrow: Widths) -> Widths | None:
+        """The first shape within the budget on the way between two; None if there is none."""
+
+        def at(step: int) -> Widths:
+            return wide.between(narrow, step / PATH, self.teacher, self.multiple_of)
+
+        shape = at(bisect_left(range(PATH), True, key=lambda step: self.fits(at(step))))
+        return shape if self.fits(shape) else None
+
+
+class _Costs:
+    """Costs of shapes that need no weights; a latency is interpolated over operations."""
+
+    def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
+        self.teacher, self.names, self.length, self.wide = teacher, names, length, Widths.of(teacher)
+        self.smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
+
+    def parameters(self, shape: Widths) -> int:
+        return stock_model(self.teacher, shape).num_parameters()
+
+    def flops(self, shape: Widths) -> int:
+        return flops(shape_config(self.teacher, shape), self.length)
+
+    def counted(self, shape: Widths) -> dict[str, float]:
+        parameters = self.parameters(shape)
+        return {"parameters": parameters, "megabytes": 4e-6 * parameters, "flops": self.flops(shape)}
+
+    def within(self, limits: dict[str, float]) -> Callable[[Widths], bool]:
+        """Whether a shape is within a budget. Raises ValueError if the smallest one is not."""
+        parameters = self._fitted(self.parameters)
+        measures = {"parameters": parameters, "megabytes": lambda shape: 4e-6 * parameters(shape)}
+        if {"flops", "milliseconds"} & limits.keys():
+            measures["flops"] = self._fitted(self.flops)
+        if "milliseconds" in limits:
+            measures["milliseconds"] = self._milliseconds(measures["flops"])
+        for name, limit in limits.items():
+            if (least := measures[name](self.smallest)) > limit:
+                reason = f"{name}={limit:g} is below the {least:.4g} of the smallest shape, {self.smallest}"
+                raise ValueError(f"no shape is within the budget: {reason}; raise it, or trim the vocabulary first")
+        return lambda shape: all(measures[name](shape) <= limit for name, limit in limits.items())
+
+    def _fitted(self, count: Callable[[Widths], int]) -> Callable[[Widths], int]:
+        ratios = product((0.1, 0.6, 1.0), repeat=len(self.names))
+        some = [_narrowed(self.teacher, dict(zip(self.names, each, strict=True))) for each in ratios]
+        fitted = fitted_count(count, some, self.wide)
+        return cache(lambda shape: round(fitted(shape)))
+
+    def _milliseconds(self, count: Callable[[Widths], int]) -> Callable[[Widths], float]:
+        some = [self.smallest, self.wide.between(self.smallest, 0.5, self.teacher), self.wide]
+        models = {shape: deepcopy(self.teacher) for shape in some}
+        for shape, model in models.items():
+            narrow(model, shape)
+        timed = latency(models, 1, self.length, REPEATS)
+        line = [*zip(*((count(shape), timed[shape]) for shape in some), strict=True)]
+        return lambda shape: float(np.interp(count(shape), *line))
+
+
+def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Training:
+    """The state of a run with the scores and moments of a few batches, whose student is the rotated teacher."""
+    teacher = deepcopy(frozen_copy(teacher, teacher.device))
+    rotate_heads(teacher, batches(sample(train, ROTATED), BLOCKS, teacher.device))
+    training = Training.begin(teacher, config.target, sample(validation, HELD_OUT), config, None)
+    task = NextToken() if family(teacher).causal else Masking.of(tokenizer, config.mask_probability)
+    data = TrainingBatches(as_blocks(train), None if is_encoder(teacher) else task, BLOCKS, config.seed)
+    for step in range(SCORED):
+        training.start_step(step)
+        training.forward_backward(data[step])
+        training.score()
+        training.optimizer.zero_grad()
+    return training
+
+
+def _measured(training: Training, shape: Widths, length: int) -> dict[str, float]:
+    """Latency, and discrepancy after one compensated prune, of a copy of the student."""
+    shared = (training.teacher, training.cast_teacher, training.held_out)
+    pruned = deepcopy(training, {id(each): each for each in shared})
+    pruned.prune(shape)
+    milliseconds = latency({"": pruned.student}, 1, length, REPEATS)[""]
+    return {"milliseconds": milliseconds, "predicted": pruned.discrepancy()[main_measure(training.teacher)]}

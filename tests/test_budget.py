@@ -1,0 +1,134 @@
+"""Shapes for a budget: within it, used up, costed as the stock model, ordered by the predicted loss; refusals."""
+
+import copy
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import hdlib
+from hdlib import DistillConfig, Widths
+from hdlib.data import Masking, NextToken, Sentences, labelled_once
+from hdlib.lab import Budget, budget, shapes
+from hdlib.narrowing import stock_model
+
+from conftest import full
+from models import KINDS, random_encoder, random_model
+
+SOME = ("bert", "llama")
+
+
+@pytest.fixture(autouse=True)
+def quiet_clock(monkeypatch):
+    """Milliseconds in proportion to parameters."""
+
+    def latency(models, *_):
+        return {name: model.num_parameters() / 100 for name, model in models.items()}
+
+    monkeypatch.setattr(budget, "latency", latency)
+
+
+def blocks_for(kind: str, tokenizer):
+    ids = torch.randint(5, len(tokenizer), (64, 16), generator=torch.Generator().manual_seed(2))
+    return ids, labelled_once(ids[:16], NextToken() if KINDS[kind].causal else Masking.of(tokenizer), seed=0)
+
+
+def found(kind: str, tokenizer, count: int = 5, **limits):
+    """The teacher and the table of a budget, limits as fractions of the teacher's costs."""
+    teacher = random_model(kind)
+    of_teacher = {"parameters": teacher.num_parameters(), "milliseconds": teacher.num_parameters() / 100}
+    of_teacher |= {"megabytes": 4e-6 * teacher.num_parameters(), "flops": budget.flops(teacher.config, 16)}
+    given = Budget(**{name: fraction * of_teacher[name] for name, fraction in limits.items()})
+    return teacher, given, shapes(teacher, tokenizer, *blocks_for(kind, tokenizer), given, count=count, length=16)
+
+
+@pytest.mark.parametrize("kind", [*SOME, *full(*(kind for kind in KINDS if kind not in SOME))])
+def test_shapes_use_up_the_budget(kind, tokenizer):
+    teacher, given, table = found(kind, tokenizer, parameters=0.7)
+    wide = Widths.of(teacher)
+    assert 1 < len(table) <= 5 and table["shape"].is_unique and table["predicted"].is_monotonic_increasing
+    for row in table.to_dict("records"):
+        shape = row["shape"]
+        assert shape == shape.resolved(teacher) and shape.fits_in(wide) and asdict(shape).items() <= row.items()
+        assert row["parameters"] == stock_model(teacher, shape).num_parameters() <= given.parameters
+        assert row["milliseconds"] == row["parameters"] / 100 and row["megabytes"] == 4e-6 * row["parameters"]
+        more = shape.ffn < wide.ffn and stock_model(teacher, replace(shape, ffn=shape.ffn + 1)).num_parameters()
+        assert shape.ffn == wide.ffn or more > given.parameters, "the feed-forward width takes what is left"
+    assert DistillConfig(target=table["shape"][0]).shape(teacher) == table["shape"][0]
+
+
+@pytest.mark.parametrize("limit", ["megabytes", "flops", "milliseconds"])
+def test_every_limit_beside_another(limit, tokenizer):
+    _, given, table = found("bert", tokenizer, 2, **{limit: 0.7}, parameters=0.8)
+    assert (table[limit] <= given.limits[limit]).all() and (table["parameters"] <= given.parameters).all()
+    assert (table[limit] > 0.6 * given.limits[limit]).any()
+
+
+def test_a_budget_that_the_teacher_meets(tokenizer):
+    """Nothing is pruned, and nothing is lost."""
+    teacher, _, table = found("bert", tokenizer, parameters=1.0)
+    assert table["shape"][0] == Widths.of(teacher) and table["predicted"][0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_best_shape_keeps_what_matters(tokenizer):
+    """Feed-forward neurons do almost nothing here. The teacher is unchanged, and the table the same each time."""
+    teacher = random_model("bert")
+    with torch.no_grad():
+        for layer in teacher.bert.encoder.layer:
+            layer.output.dense.weight.mul_(0.01)
+    before, blocks = copy.deepcopy(teacher.state_dict()), blocks_for("bert", tokenizer)
+    tables = [shapes(teacher, tokenizer, *blocks, Budget(parameters=10_900), count=3, length=16) for _ in range(2)]
+    assert len(tables[0]) == 3 and tables[0]["shape"][0] == replace(Widths.of(teacher), ffn=28)
+    assert tables[1].equals(tables[0])
+    assert all(torch.equal(each, before[name]) for name, each in teacher.state_dict().items())
+
+
+def test_a_sentence_encoder(tokenizer):
+    teacher = random_encoder("bert")
+    ids = torch.randint(5, len(tokenizer), (40, 9), generator=torch.Generator().manual_seed(2)).tolist()
+    sentences = Sentences.of(ids, 0, "")
+    table = shapes(teacher, tokenizer, sentences, sentences, Budget(parameters=0.7 * teacher.num_parameters()), count=3)
+    assert len(table) == 3 and table["predicted"].between(0, 2, inclusive="neither").all()
+
+
+@pytest.mark.parametrize(
+    "limits, words",
+    [
+        ({}, "the budget has no limit: give one of parameters, megabytes, flops, milliseconds"),
+        ({"parameters": 0}, "parameters=0 is no limit of a budget: take a number above 0"),
+        ({"flops": float("nan")}, "flops=nan is no limit"),
+        ({"megabytes": True}, "megabytes=True is no limit"),
+        ({"milliseconds": "10"}, "milliseconds=10 is no limit"),
+    ],
+)
+def test_a_budget_that_is_none(limits, words):
+    with pytest.raises(ValueError, match=words):
+        Budget(**limits)
+
+
+@pytest.mark.parametrize(
+    "limits, words",
+    [
+        ({"parameters": 100}, r"parameters=100 is below the \d+ of the smallest shape, Widths.*trim the vocabulary"),
+        ({"parameters": 1e9, "milliseconds": 1}, r"milliseconds=1 is below the \d+\.\d+ of the smallest shape"),
+    ],
+)
+def test_a_budget_below_every_shape(limits, words, tokenizer, monkeypatch):
+    monkeypatch.setattr(budget, "_scored", None)  # is not called
+    with pytest.raises(ValueError, match=words) as refusal:
+        shapes(random_model("bert"), tokenizer, *blocks_for("bert", tokenizer), Budget(**limits), length=16)
+    assert "\n" not in str(refusal.value)
+
+
+def test_latencies_that_exceed_their_interpolation(tokenizer, monkeypatch):
+    def slow(models, *_):
+        return {name: model.num_parameters() / 1e4 if name else 9.0 for name, model in models.items()}
+
+    monkeypatch.setattr(budget, "latency", slow)
+    with pytest.raises(ValueError, match=r"no shape was measured within .*: the nearest took 9 milliseconds"):
+        found("bert", tokenizer, milliseconds=0.02)
+
+
+def test_a_run_takes_a_shape_and_no_budget():
+    with pytest.raises(ValueError, match=r"or Widths \(for a Budget: hdlib.lab.shapes\); got Budget"):
+        hdlib.DistillConfig(target=Budget(parameters=1e6))
