@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 
 import torch
@@ -81,8 +81,9 @@ class DistillConfig:
 
     def __post_init__(self):
         if isinstance(self.target, dict):
-            unknown = set(self.target) - {width.name for width in fields(Widths)}
-            _require(not unknown, f"target has no width {sorted(map(str, unknown))}: give hidden, ffn, head_dim, heads")
+            names = [width.name for width in fields(Widths)]
+            unknown = sorted(map(str, set(self.target) - {*names}))
+            _require(not unknown, f"target has no width {unknown}: give {', '.join(names)}")
             object.__setattr__(self, "target", Widths(**self.target))
         self._check_types()
         for name in ("learning_rate", "max_grad_norm", "eps"):
@@ -170,7 +171,11 @@ class DistillConfig:
     def shape(self, teacher: PreTrainedModel) -> Widths:
         """The target shape; for a fraction, the nearest possible one. Raises ValueError if there is none."""
         target = Widths.at(teacher, self.target, self.multiple_of) if isinstance(self.target, float) else self.target
-        return target.resolved(teacher)
+        shape, depth = target.resolved(teacher), Widths.of(teacher).layers
+        if self.under_masks and shape.layers < depth:
+            masks = "masked, recover and scope='global' use masks, which layers cannot have"
+            raise ValueError(f"layers={shape.layers}: {masks}; take layers={depth}, or leave them out")
+        return shape
 
     @property
     def under_masks(self) -> bool:
@@ -181,12 +186,19 @@ class DistillConfig:
         """The shape after a step; between two prunes, that of the earlier one.
 
         Every width follows r(t) = r_f + (1 - r_f) s(t) with its own final fraction r_f; s is the schedule for r_f = 0.
+        Layers leave at any step.
         """
+        layers = math.ceil(self.depth_at(step, teacher, target))
         start, end = self._pruning_steps()
         if step < end:
             step -= step % self.prune_every
         progress = 1 - SCHEDULES[self.schedule](step, start, end, 0.0)
-        return Widths.of(teacher).between(target, progress, teacher, self.multiple_of)
+        return replace(Widths.of(teacher).between(target, progress, teacher, self.multiple_of), layers=layers)
+
+    def depth_at(self, step: int, teacher: PreTrainedModel, target: Widths) -> float:
+        """The depth after a step, which follows the schedule too: 3.4 are three layers and one that is faded to 0.4."""
+        wide, (start, end) = Widths.of(teacher).layers, self._pruning_steps()
+        return target.layers + (wide - target.layers) * SCHEDULES[self.schedule](step, start, end, 0.0)
 
     def chooses_at(self, step: int) -> bool:
         """Whether neurons are ranked again after a step: from t_i to t_f, every `prune_every` steps."""

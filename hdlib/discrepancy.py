@@ -14,7 +14,7 @@ from .data import batches
 from .losses import IGNORED, attention_divergence, divergences, mlm_loss, select_heads
 from .models import forward, is_encoder
 from .precision import doubled
-from .widths import Widths
+from .widths import Widths, compared_states, spaced_layers
 
 NEAREST = 10  # neighbours of a sentence that are compared
 TOKENS_PER_NEURON = 4  # a linear fit on fewer tokens would describe these tokens, not the states
@@ -39,6 +39,7 @@ def discrepancy(
     batch_size: int = 16,
     neurons: Tensor | None = None,
     heads: Tensor | None = None,
+    layers: list[int] | None = None,
 ) -> Measures:
     """The prediction discrepancy and related measures on held-out blocks.
 
@@ -50,6 +51,7 @@ def discrepancy(
         batch_size: blocks per forward; affects memory only.
         neurons: for a student under masks, the indices of the hidden neurons that are not masked; None: all.
         heads: (L, Hs), the index of the teacher's head for each head of the student; None: the same heads.
+        layers: the teacher's layer for each of the student; None: evenly spaced ones, all for the same depth.
 
     Returns, for sentence encoders:
         cosine_distance: 1 - cosine of the student's and the teacher's embedding, mean over sentences; in [0, 2].
@@ -71,7 +73,9 @@ def discrepancy(
         hidden: mean squared error of a linear least-squares prediction of the teacher's hidden states from the
             student's, which may have another width. Fitted on every other block, measured on the rest; mean over
             layers and elements; 0.0 up to rounding if identical.
-        hidden_1 to hidden_L: this error of each layer over the mean square of its states; about 1 if unrelated.
+        hidden_1 to hidden_L: this error of each layer over the mean square of its states; about 1 if unrelated. These
+            and the next are numbered by the teacher's layers, without those that the student lacks; the student's last
+            state is compared with the teacher's last.
         attention_1 to attention_L: KL(teacher || student) of the attention probabilities, nats, mean over heads and
             tokens; 0.0 if identical. Left out if the student has fewer heads and `heads` is None.
 
@@ -79,28 +83,30 @@ def discrepancy(
 
     Raises ValueError if the blocks have no labelled token.
     """
+    depth, shape = teacher.config.num_hidden_layers, Widths.of(student)
+    layers = spaced_layers(depth, shape.layers) if layers is None else layers
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
-    if heads is None and Widths.of(student).heads == Widths.of(teacher).heads:
-        heads = torch.arange(Widths.of(teacher).heads).repeat(teacher.config.num_hidden_layers, 1)
+    if heads is None and shape.heads == Widths.of(teacher).heads:
+        heads = torch.arange(shape.heads).repeat(shape.layers, 1)
     sums, counts, of_blocks, fits, read, encoder = Counter(), Counter(), [], {}, 0, is_encoder(teacher)
     for batch in batches(blocks, batch_size, device=student.device):
         mask = batch.get("attention_mask")  # (B, S)
         loss_positions = None if encoder else batch["labels"] != IGNORED  # (B, S)
         student_outputs = forward(student, batch["input_ids"], loss_positions, mask)
-        teacher_outputs = forward(teacher, batch["input_ids"], loss_positions, mask)
+        teacher_outputs = forward(teacher, batch["input_ids"], loss_positions, mask, layers=layers)
         if encoder:
             of_blocks.append((student_outputs.embeddings, teacher_outputs.embeddings))
         else:
             kl = divergences(student_outputs.logits, teacher_outputs.logits)  # (N,)
             of_blocks.append(_sums_of_blocks(kl, loss_positions))
         labels = () if encoder else batch["labels"][loss_positions]  # (N,)
-        for name, mean, count in _means(student_outputs, teacher_outputs, labels, heads, mask):
+        for name, mean, count in _means(student_outputs, teacher_outputs, labels, heads, layers, mask):
             sums[name] += float(mean) * count
             counts[name] += count
         hidden_states = zip(student_outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], strict=True)
         real = (torch.ones_like(batch["input_ids"]) if mask is None else mask).bool()
-        for layer, (states, targets) in enumerate(hidden_states, 1):
+        for layer, (states, targets) in zip(compared_states(layers, depth)[1:], hidden_states, strict=True):
             if neurons is not None and states.shape[-1] == student.config.hidden_size:
                 states = states[..., neurons.to(states.device)]
             fits.setdefault(layer, _LinearFit()).add(states, targets, real, read)
@@ -114,7 +120,7 @@ def discrepancy(
     if all(fit.enough for fit in fits.values()):
         errors, shares = zip(*(fit.errors() for fit in fits.values()), strict=True)
         means |= {"hidden": sum(errors) / len(errors)}
-        means |= {f"hidden_{layer}": share for layer, share in enumerate(shares, 1)}
+        means |= {f"hidden_{layer}": share for layer, share in zip(fits, shares, strict=True)}
     return Measures(means, kl_of_blocks)
 
 
@@ -164,7 +170,7 @@ def _mean_of_blocks(of_blocks: Tensor) -> tuple[dict[str, float], Tensor]:
     return means, sums / counts
 
 
-def _means(student, teacher, labels: Tensor, heads, attention_mask: Tensor | None) -> Iterator[tuple[str, Tensor, int]]:
+def _means(student, teacher, labels: Tensor, heads, layers, attention_mask) -> Iterator[tuple[str, Tensor, int]]:
     """Name, mean and number of tokens of each measure, from the outputs on one batch; labels (N,), heads (L, Hs)."""
     if len(labels):  # the mean over no token is not a number
         top, teacher_top = student.logits.argmax(-1), teacher.logits.argmax(-1)  # (N,)
@@ -174,8 +180,9 @@ def _means(student, teacher, labels: Tensor, heads, attention_mask: Tensor | Non
         yield "accuracy", (top == labels).float().mean(), len(labels)
         yield "teacher_accuracy", (teacher_top == labels).float().mean(), len(labels)
     tokens = student.hidden_states[0][..., 0].numel() if attention_mask is None else int(attention_mask.sum())
-    for layer, kept in enumerate(() if heads is None else heads):
-        pair = (select_heads(outputs.attentions[layer], kept) for outputs in (student, teacher))
+    attentions = student.attentions, teacher.attentions
+    for layer, kept, *pair in () if heads is None else zip(layers, heads, *attentions, strict=True):
+        pair = (select_heads(each, kept) for each in pair)
         yield f"attention_{layer + 1}", attention_divergence(*pair, attention_mask), tokens
 
 

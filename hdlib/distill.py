@@ -124,6 +124,8 @@ def _homotopy(training: Training, batches: Iterator[dict[str, torch.Tensor]], re
             widths = config.widths_at(step, training.teacher, training.target)
             # 5. Prune: keep the neurons of highest importance; loss, scores and optimiser follow.
             pruned = training.prune(widths)
+            # 6. Fade: scale down the layer that leaves next.
+            training.fade()
             training.stop_clock()
             report.step(values, pruned)
             report.checkpoint()
@@ -187,7 +189,8 @@ class _Reporter:
         record = {"step": training.step, "seconds": training.last_seconds, "elapsed": training.seconds} | values
         record |= {"learning_rate": training.learning_rate.get_last_lr()[0]} if values else {}
         record |= {"hidden_size": widths.hidden, "intermediate_size": widths.ffn, "head_dim": widths.head_dim}
-        record |= {"num_heads": widths.heads, "parameters": training.num_parameters} | measured
+        record |= {"num_heads": widths.heads, "num_layers": widths.layers, "parameters": training.num_parameters}
+        record |= measured
         if self.main:
             if after is not None and after.kl_of_blocks is not None:
                 self.run.log_blocks(training.step, after.kl_of_blocks)

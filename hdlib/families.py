@@ -29,6 +29,7 @@ class Family:
     base: str | None = None  # the module below the head, if it is not the one at base_model_prefix
     ffn: str = "intermediate_size"  # config name of F
     linked: bool = True  # the stock class computes head_dim = hidden / heads
+    pre_norm: bool = False  # a layer adds to what it has read, and norms only what its blocks read
     divisible: bool = False  # not linked, but the stock config requires hidden to be a multiple of heads
     positions_after_padding: bool = False  # position numbers start after the padding token's id
     embedding: str | None = None  # config name of an embedding width that may differ from hidden
@@ -129,6 +130,7 @@ ELECTRA = Family(
 
 # All layers of a group share their weights, hence their neurons. The embedding width is fixed.
 ALBERT = Family(
+    fixed={"layers": "they share their weights, so that fewer have as many"},
     axes=embedding("*embeddings.*_embeddings", FIXED)
     | norm("*embeddings.LayerNorm", FIXED)
     | linear("*embedding_hidden_mapping_in", HIDDEN, FIXED)
@@ -177,6 +179,7 @@ DEBERTA = Family(
 )
 
 MODERNBERT = Family(
+    pre_norm=True,
     fixed=WHOLE_HEADS,
     axes=embedding("*embeddings.tok_embeddings")
     | linear("*.attn.Wqkv", (HEADS, HEADS, HEADS), HIDDEN)
@@ -190,6 +193,7 @@ MODERNBERT = Family(
 )
 
 GPT2 = Family(
+    pre_norm=True,
     causal=True,
     ffn="n_inner",
     axes=embedding("*w[tp]e")
@@ -222,6 +226,7 @@ OPT = Family(
 # The fused matrix stores query, key and value of a head in adjacent rows, so a head is one block of rows.
 GPT_NEOX = Family(
     causal=True,
+    pre_norm=True,
     fixed=WHOLE_HEADS,
     axes=embedding("*embed_in")
     | linear("*.attention.query_key_value", HEADS, HIDDEN)
@@ -234,6 +239,7 @@ GPT_NEOX = Family(
 
 LLAMA = Family(
     causal=True,
+    pre_norm=True,
     fixed=WHOLE_HEADS,
     linked=False,
     divisible=True,
@@ -250,7 +256,12 @@ LLAMA = Family(
 
 MISTRAL = replace(LLAMA, divisible=False)  # also Qwen
 
-GEMMA = replace(LLAMA, fixed=WHOLE_HEADS | {HIDDEN: "its tied embeddings are multiplied by sqrt(hidden_size)"})
+GEMMA = replace(
+    LLAMA,
+    fixed=WHOLE_HEADS
+    | {HIDDEN: "its tied embeddings are multiplied by sqrt(hidden_size)"}
+    | {"layers": "a norm after each block would undo that a layer is faded out"},
+)
 
 # The keys are the `model_type` of the stock configs.
 FAMILIES = {

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .narrowing import replace_parameter
+from .narrowing import forget_parameters, replace_parameter
+from .widths import LAYERS, compared_states
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
 IGNORED = -100  # label of a position that is not predicted
@@ -293,7 +294,8 @@ class DistillationLoss(nn.Module):
 
     The hidden and embedding terms compare in the teacher's space, through one learned projection (Ds, Dt) for each
     layer and one for the embeddings. Projections start as the identity, so that both terms are exactly 0.0 while the
-    student equals its teacher. They lose rows as the student loses neurons.
+    student equals its teacher. They lose rows as the student loses neurons; those of a removed layer go with it. The
+    outputs of the teacher are then those of the layers that stay, from `hdlib.forward`.
 
     Args:
         hidden_size, num_layers, num_heads: Dt, L and H of the teacher.
@@ -411,17 +413,25 @@ class DistillationLoss(nn.Module):
 
     @torch.no_grad()
     def narrow(self, kept: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Slice projections, their moments in the optimiser, and `heads`; `kept` is the result of `hdlib.narrow`."""
+        """Slice projections, their moments in the optimiser, and `heads`; `kept` is the result of `hdlib.narrow`.
+
+        With fewer layers, the last state keeps its projection, as it is still compared with the teacher's last.
+        """
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, kept["hidden"].to(tensor.device))
 
-        layers = range(len(self.heads))
+        layers = kept[LAYERS].tolist()
         heads = torch.stack([kept[f"layer.{layer}.heads"] for layer in layers])  # (L, H)
-        self.heads = self.heads.gather(1, heads.to(self.heads.device))
+        states = [state - 1 for state in compared_states(layers, len(self.heads))[1:]]
+        self.heads = self.heads[layers].gather(1, heads.to(self.heads.device))
+        gone = [each for state, each in enumerate(self.hidden_projections) if state not in states]
+        forget_parameters(gone, optimizer)
+        self.hidden_projections = nn.ParameterList(self.hidden_projections[state] for state in states)
         if "hidden" not in kept:  # a family whose hidden width is fixed
             return
-        for module, name in [(self, "embedding_projection"), *((self.hidden_projections, str(i)) for i in layers)]:
+        numbers = map(str, range(len(layers)))
+        for module, name in [(self, "embedding_projection"), *((self.hidden_projections, i) for i in numbers)]:
             old = module._parameters[name]
             replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
 

@@ -47,8 +47,11 @@ class Masks:
     def choose(self, widths: Widths, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep the highest scores, as many as `widths` gives, and mask the others; returns those kept.
 
-        Without recovery, masked neurons stay masked. Scores, result and errors as for `hdlib.narrow`.
+        Without recovery, masked neurons stay masked. Scores, result and errors as for `hdlib.narrow`; also ValueError
+        for fewer layers, which are no neurons.
         """
+        if widths.layers not in (None, depth := self.model.config.num_hidden_layers):
+            raise ValueError(f"layers={widths.layers}: layers cannot be masked; take layers={depth}, or leave them out")
         check_scores(self._groups, scores)
         if self.scope == "global":
             self.kept = self.kept | self._choose_globally(widths, scores)

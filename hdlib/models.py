@@ -41,7 +41,7 @@ from transformers.utils import ModelOutput, logging
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
 from .narrowing import stock_model
 from .sentences import Modules, Pooling, read_modules
-from .widths import Widths, family, family_of
+from .widths import Widths, compared_states, family, family_of
 
 EMBEDDED_TEACHER = Path(__file__).with_name("teacher")
 RECORDING = "hdlib_recording"  # our attention function's name in Transformers' registry
@@ -321,6 +321,7 @@ def forward(
     positions: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    layers: list[int] | None = None,
     in_pieces: bool = False,
 ) -> MaskedLMOutput:
     """Run a model and return everything that `DistillationLoss` compares.
@@ -331,6 +332,7 @@ def forward(
         positions: the N loss positions, where the head runs: indices (N,) of the flattened tokens, or (B, S) of bool,
             with a host synchronisation on a GPU. None: everywhere.
         attention_mask: (B, S), 1 for real tokens and 0 for padding; None if there is no padding.
+        layers: of a teacher: those that its student has; states and attentions of the others are left out.
         in_pieces: return LogitsInPieces if the logits (N, V) are too large to be held.
 
     Returns:
@@ -348,17 +350,20 @@ def forward(
     with recording(model), eager or nullcontext(), packed, padded:
         outputs = base_model(model)(**inputs, output_hidden_states=True, output_attentions=True)
     attentions = tuple(eager.layers) if eager else outputs.attentions
-    states = outputs.last_hidden_state  # (B, S, D)
+    states, hidden_states = outputs.last_hidden_state, outputs.hidden_states  # (B, S, D)
+    if layers is not None:
+        hidden_states = tuple(hidden_states[state] for state in compared_states(layers, len(attentions)))
+        attentions = tuple(attentions[layer] for layer in layers)
     if is_encoder(model):
         embeddings = normalize(model.sentence_pooling(states, attention_mask), dim=-1)
-        return SentenceOutput(embeddings, outputs.hidden_states, attentions)
+        return SentenceOutput(embeddings, hidden_states, attentions)
     if positions is not None:
         indices = positions.flatten().nonzero()[:, 0] if positions.dtype == torch.bool else positions
         states = states.flatten(0, 1).index_select(0, indices)  # (N, D)
     logits = LogitsInPieces(states, partial(head, model), model.config.vocab_size)
     if positions is None or not in_pieces or len(logits.slices) <= 1:
         logits = head(model, states)
-    return MaskedLMOutput(logits=logits, hidden_states=outputs.hidden_states, attentions=attentions)
+    return MaskedLMOutput(logits=logits, hidden_states=hidden_states, attentions=attentions)
 
 
 def base_model(model: PreTrainedModel) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Choose neurons and remove the others, so that an ordinary, smaller model remains.
+"""Choose neurons and layers and remove the others, so that an ordinary, smaller model remains.
 
 Narrowing replaces every parameter that holds a removed neuron by a smaller one and slices the optimiser's moments with
 it. Everything else follows the stock constructor. It builds an empty model of the new shape, whose parameter shapes
@@ -6,8 +6,9 @@ must equal the result. The values it derives from the widths (feature counts, at
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .families import FFN, HEADS, HIDDEN, SHARED_HEADS, VALUE
-from .widths import QUERY_KEY, Axis, UnsupportedArchitecture, Widths, axes_of, set_widths, source_layers, width_groups
+from .widths import (
+    LAYERS,
+    NUMBER,
+    QUERY_KEY,
+    Axis,
+    UnsupportedArchitecture,
+    Widths,
+    axes_of,
+    set_widths,
+    source_layers,
+    width_groups,
+)
 
 
 @torch.no_grad()
@@ -25,12 +37,12 @@ def narrow(
     scores: dict[str, Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Tensor]:
-    """Remove neurons from a model in place, until it has the given widths.
+    """Remove neurons and layers from a model in place, until it has the given widths.
 
     The highest scores are kept (the lower index on a tie), or the first neurons where no scores are given. Whole
-    heads are ranked by the sum over their dimensions. The order of neurons and all ties are preserved. Where head_dim
-    changes, queries are multiplied by sqrt(new / old), so that the attention scores of the kept neurons do not
-    change; gradients and moments of the queries are converted accordingly.
+    heads and layers are ranked by the sum over their neurons; the first layer always stays. The order of neurons and
+    all ties are preserved. Where head_dim changes, queries are multiplied by sqrt(new / old), so that the attention
+    scores of the kept neurons do not change; gradients and moments of the queries are converted accordingly.
 
     Args:
         model: a Hugging Face model of a supported family; changed in place.
@@ -40,7 +52,8 @@ def narrow(
 
     Returns:
         Group name to the sorted indices of the kept neurons, in the numbering before this call; also
-        "layer.l.heads", the kept query heads of layer l.
+        "layer.l.heads", the kept query heads of layer l, and "layers", those that stay. Groups of a removed layer are
+        among them.
 
     Raises:
         ValueError: an impossible shape; scores that are missing, of the wrong length or not finite; weights
@@ -61,7 +74,11 @@ def narrow(
     for name, parameter in list(model.named_parameters()):
         if parameter.shape != stock.get_parameter(name).shape:
             _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
-    set_widths(model, model.config, new)
+    layers = kept[LAYERS].tolist()
+    if new.layers < old.layers:
+        _remove_layers(model, layers, optimizer)
+        stock = stock_model(model, new)
+    set_widths(model, model.config, new, layers)
     copy_derived_attributes(model, stock)
     return kept
 
@@ -82,6 +99,7 @@ def choose(scores: dict[str, Tensor], wide: Widths, narrow: Widths, layers: list
             kept |= _choose_inside_heads(name, scores, wide, narrow, by_head)
     if SHARED_HEADS in scores:
         kept[SHARED_HEADS] = kept["layer.0.heads"]
+    kept[LAYERS] = choose_layers(scores, wide.layers, narrow.layers)
     return kept | {f"layer.{layer}.heads": kept[f"layer.{source}.heads"] for layer, source in enumerate(layers)}
 
 
@@ -104,6 +122,16 @@ def _choose_inside_heads(query_key: str, scores, wide: Widths, narrow: Widths, b
         inside = inside[:, : narrow.head_dim].sort(dim=1).values
         kept[name] = (heads[:, None] * wide.head_dim + inside).flatten()
     return kept
+
+
+def choose_layers(scores: dict[str, Tensor], depth: int, count: int | None) -> Tensor:
+    """The first layer and, of the others, those of the highest scores, summed over the groups of a layer."""
+    if count in (None, depth):
+        return torch.arange(depth)
+    groups = [[score.sum() for name, score in scores.items() if name.startswith(f"layer.{n}.")] for n in range(depth)]
+    sums = torch.stack([*map(sum, groups)])
+    sums[0] = math.inf
+    return _highest(sums, count)
 
 
 def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
@@ -150,6 +178,28 @@ def replace_parameter(
     for key, value in state.items():
         if torch.is_tensor(value) and value.shape == old.shape:
             state[key] = _divided(take(value), factor, powers.get(key, 1))
+
+
+def forget_parameters(removed: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Remove parameters from an optimiser, with their state."""
+    removed = set(removed) if optimizer is not None else ()
+    for parameter in removed:
+        optimizer.state.pop(parameter, None)
+        for group in optimizer.param_groups:
+            group["params"] = [each for each in group["params"] if each is not parameter]
+
+
+def layers_of(model: PreTrainedModel) -> str:
+    """The name of the list that holds the layers of the forward pass."""
+    first = next(name for name, _ in model.named_parameters() if NUMBER.search(name))
+    return NUMBER.split(first)[0].rstrip(".")
+
+
+def _remove_layers(model: PreTrainedModel, kept: list[int], optimizer: torch.optim.Optimizer | None) -> None:
+    layers = model.get_submodule(layers_of(model))
+    for layer in sorted(set(range(len(layers))) - set(kept), reverse=True):
+        forget_parameters(layers[layer].parameters(), optimizer)
+        del layers[layer]
 
 
 def _narrow_parameter(parameter: nn.Parameter, sites, axes, kept, scale: float, optimizer) -> None:
@@ -212,7 +262,7 @@ def copy_derived_attributes(model: nn.Module, stock: nn.Module) -> None:
 
 
 def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Check that the weights can be sliced; returns an empty stock model of the new shape.
+    """Check that the weights can be sliced; returns an empty stock model of the new shape, of all layers.
 
     Raises:
         ValueError: weights that are quantised, sharded or on the meta device.
@@ -226,7 +276,7 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
                 f"{name} is a {type(parameter.data).__name__} on the {parameter.device} device of {parameter.dtype}, "
                 "quantised, sharded or offloaded: load the model into memory, whole and in float32 or bfloat16"
             )
-    stock = stock_model(model, widths)
+    stock = stock_model(model, replace(widths, layers=model.config.num_hidden_layers))
     if differ := dict(model.named_parameters()).keys() ^ dict(stock.named_parameters()).keys():
         raise UnsupportedArchitecture(
             f"the parameters of this model and of a stock {type(model).__name__} differ: {', '.join(sorted(differ))}. "

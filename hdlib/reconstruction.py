@@ -27,14 +27,14 @@ from .losses import DistillationLoss
 from .models import base_model, base_name
 from .narrowing import kept_indices, sites_of
 from .precision import doubled
-from .widths import Axis, Block, axes_of, width_groups
+from .widths import LAYERS, Axis, Block, axes_of, compared_states, new_numbers, renumbered, width_groups
 
 WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
 ENOUGH = 50  # tokens for each neuron: fewer are often alike, and an exact fit of them does not carry over
-STATES = "hidden_states."  # followed by a layer: what a projection of the loss reads
-LAST = f"{STATES}last"  # what the head reads
+STATES = "hidden_states"  # what the projections of the loss read, by number
+LAST = f"{STATES}.last"  # what the head reads
 
 
 class Moments(NamedTuple):
@@ -103,7 +103,7 @@ class Compensation:
 
     def _after_base(self, _base, _inputs, outputs) -> None:
         if outputs.hidden_states is not None:  # not the call of the head, which has given states
-            read = {f"{STATES}{layer}": [states] for layer, states in enumerate(outputs.hidden_states)}
+            read = {f"{STATES}.{state}.": [states] for state, states in enumerate(outputs.hidden_states)}
             read |= {LAST: [outputs.last_hidden_state]}
             width = self._layers.hidden[0].size  # the last states of OPT-350m have another, which is fixed
             self._read |= {name: states for name, states in read.items() if states[0].shape[-1] == width}
@@ -121,6 +121,7 @@ class Compensation:
             new = Moments.of(torch.cat([real_tokens(states, attention_mask) for states in read[first]]).float())
             past = self._moments.get(first)
             self._moments[first] = new if past is None else Moments(*map(torch.add, past, new))
+        self._moments = {name: self._moments[name] for name in dict.fromkeys(self._source.values())}
 
     def share(self) -> None:
         """Give every process the mean of the moments of all; call it before `apply` and before a checkpoint."""
@@ -159,11 +160,21 @@ class Compensation:
         for name in filter(fits.narrows, layers.norms):
             target = targets.get(self._source[name])
             refit_norm(model.get_submodule(name), *fits.means(name), fits.indices(name), target)
-        for layer, projection in enumerate([loss.embedding_projection, *loss.hidden_projections]):
-            if fits.narrows(name := f"{STATES}{layer}"):
+        for state, projection in enumerate([loss.embedding_projection, *loss.hidden_projections]):
+            if fits.narrows(name := f"{STATES}.{state}."):
                 fold(projection, None, *fits.fit(name, centred=False))
         self._moments = {name: sums.of_neurons(fits.indices(name)) for name, sums in self._moments.items()}
+        if len(kept[LAYERS]) < len(loss.heads):
+            self._keep_layers(kept, compared_states(kept[LAYERS].tolist(), len(loss.heads)))
         self._layers = None
+
+    def _keep_layers(self, kept: dict[str, Tensor], states: list[int]) -> None:
+        """Renumber the moments of layers that stay; layers that shared some may follow another layer from now on."""
+        read = {name: self._moments[source] for name, source in self._source.items()}
+        of_states = {name: read.pop(name) for name in list(read) if name.startswith(STATES)}
+        new_states = {old: new for new, old in enumerate(states)}
+        self._moments = renumbered(read, new_numbers(kept)) | renumbered(of_states, new_states)
+        self._source = {name: name for name in self._moments}
 
     def state_dict(self) -> dict:
         return {"moments": {name: tuple(sums) for name, sums in self._moments.items()}, "source": dict(self._source)}

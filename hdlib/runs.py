@@ -5,7 +5,7 @@ metrics.jsonl                      one JSON record for each logged step.
 blocks.jsonl                       the KL of every held-out block, for each step that measured it; not of sentences.
 checkpoints/step_00000400/         a stock model folder, the tokenizer and the training state.
 neurons/step_00000120.safetensors  importance of the teacher's neurons at a prune, and which were kept.
-kept.json                          indices of the teacher's neurons that the student kept, by group.
+kept.json                          indices of the teacher's neurons and layers that the student kept, by group.
 student/                           the result, a stock model folder, of a sentence encoder in the format of
                                    sentence-transformers; absent for scope="global".
 """
@@ -54,12 +54,16 @@ class Prune:
 
     @classmethod
     def of(cls, step: int, sizes: Mapping[str, int], scores, before, after) -> Self:
-        """From scores of the student's neurons (under masks: all) and the indices kept `before` and `after`."""
-        importance, kept = {}, {}
-        for name, score in scores.items():
-            scored = before[name].cpu() if len(score) < sizes[name] else torch.arange(sizes[name])
-            importance[name] = torch.full((sizes[name],), torch.nan).index_copy(0, scored, score.float().cpu())
-            kept[name] = torch.zeros(sizes[name], dtype=torch.bool).index_fill(0, after[name].cpu(), True)
+        """From scores of the student's neurons (under masks: all) and the indices kept `before` and `after`.
+
+        Of a layer that has left, all neurons have.
+        """
+        importance, kept, none = {}, {}, torch.arange(0)
+        for name, size in sizes.items():
+            score = scores.get(name, torch.zeros(0))
+            scored = before.get(name, none).cpu() if len(score) < size else torch.arange(size)
+            importance[name] = torch.full((size,), torch.nan).index_copy(0, scored, score.float().cpu())
+            kept[name] = torch.zeros(size, dtype=torch.bool).index_fill(0, after.get(name, none).cpu(), True)
         return cls(step, importance, kept)
 
 
@@ -187,7 +191,7 @@ class Run:
 
     @property
     def kept(self) -> dict[str, list[int]]:
-        """Indices of the teacher's neurons that the student kept, by group. Raises FileNotFoundError if none."""
+        """Indices of the teacher's neurons and layers that the student kept. Raises FileNotFoundError if none."""
         path = self.folder / "kept.json"
         if not path.exists():
             reason = "the student started from random weights" if self.finished else "the run has not finished"

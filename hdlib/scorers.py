@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .losses import pieces
 from .narrowing import take
-from .widths import Axis, axes_of, width_groups
+from .widths import Axis, axes_of, new_numbers, renumbered, width_groups
 
 
 class Scorer:
@@ -53,8 +53,9 @@ class Scorer:
         return dict(self._averages)
 
     def narrow(self, kept: dict[str, Tensor]) -> None:
-        """Remove the averages of removed neurons; `kept` is the result of `hdlib.narrow`."""
-        self._averages = {name: past[kept[name].to(past.device)] for name, past in self._averages.items()}
+        """Remove the averages of removed neurons and layers; `kept` is the result of `hdlib.narrow`."""
+        averages = {name: past[kept[name].to(past.device)] for name, past in self._averages.items()}
+        self._averages = renumbered(averages, new_numbers(kept))
 
     def state_dict(self) -> dict:
         return {"averages": dict(self._averages)}
@@ -125,10 +126,15 @@ class Platon(Sensitivity):
 
     def narrow(self, kept: dict[str, Tensor]) -> None:
         super().narrow(kept)
-        for state in (self._smoothed, self._uncertain):
-            state.update({name: take(past, self._axes[name], kept) for name, past in state.items()})
-        for name, axes in self._axes.items():
-            self._axes[name] = tuple(axis and tuple(block.narrowed(kept) for block in axis) for axis in axes)
+        layers, axes = new_numbers(kept), self._axes
+        self._smoothed, self._uncertain = (
+            renumbered({name: take(past, axes[name], kept) for name, past in state.items()}, layers)
+            for state in (self._smoothed, self._uncertain)
+        )
+        self._axes = {
+            name: tuple(axis and tuple(block.narrowed(kept) for block in axis) for axis in each)
+            for name, each in renumbered(axes, layers).items()
+        }
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"smoothed": self._smoothed, "uncertain": self._uncertain}

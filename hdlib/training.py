@@ -20,16 +20,17 @@ from .checkpoints import BrokenCheckpoint, load_state
 from .config import DistillConfig
 from .data import Blocks, micro_batches, on_device
 from .discrepancy import Measures, discrepancy
+from .fading import fade
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms, Share
 from .masks import Masks, applied
 from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of, trainable
-from .narrowing import choose, narrow
+from .narrowing import choose, choose_layers, narrow
 from .precision import cast_once
 from .reconstruction import WINDOW, Compensation
 from .runs import Run
 from .scorers import scorer
-from .widths import Widths, all_neurons, source_layers
+from .widths import LAYERS, Widths, all_neurons, renumbered, source_layers, spaced_layers
 
 
 class Diverged(ArithmeticError):
@@ -39,7 +40,7 @@ class Diverged(ArithmeticError):
 class Pruned(NamedTuple):
     """The state just before a prune."""
 
-    scores: dict[str, Tensor]  # importance of the student's neurons, by group
+    scores: dict[str, Tensor]  # importance of the student's neurons, by group of the teacher
     kept: dict[str, Tensor]  # their indices in the teacher, by group
     measured: Measures | None  # held-out measures, with `eval_prunes`
 
@@ -50,8 +51,9 @@ class Training:
     def __init__(self, teacher: PreTrainedModel, target: Widths, held_out: Blocks, config: DistillConfig, student):
         self.teacher, self.target, self.held_out, self.config = teacher, target, held_out, config
         self.student, self.cast_teacher = student, cast_once(teacher, config.precision)
-        sizes = teacher.config.hidden_size, teacher.config.num_hidden_layers, Widths.of(student).heads
-        options = config.loss_options() | {"student_hidden_size": Widths.of(student).hidden}
+        shape = Widths.of(student)
+        sizes = teacher.config.hidden_size, shape.layers, shape.heads
+        options = config.loss_options() | {"student_hidden_size": shape.hidden}
         self.loss = DistillationLoss(*sizes, **options).to(teacher.device)
         self.masks = Masks(student, self.loss, config.scope, config.recover) if config.under_masks else None
         self.compensation = Compensation() if config.compensate else None
@@ -62,6 +64,7 @@ class Training:
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
         self.stop_requested, self._module = False, None
+        self._leaving: int | None = None  # the student's layer that is faded out
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
         self.pool_as_teacher()
 
@@ -77,7 +80,7 @@ class Training:
             with no_progress_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
             training = cls(teacher, target, held_out, config, trainable(student))
-            training.step, training.seconds = state["step"], state["seconds"]
+            training.step, training.seconds, training._leaving = state["step"], state["seconds"], state["leaving"]
             training._kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
             for name, part in training._parts().items():
                 part.load_state_dict(state[name])
@@ -88,7 +91,8 @@ class Training:
     def state(self) -> dict:
         """What a checkpoint stores beside the student's weights."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"step": self.step, "seconds": self.seconds, "kept": self._kept} | parts
+        own = {"step": self.step, "seconds": self.seconds, "kept": self._kept, "leaving": self._leaving}
+        return own | parts
 
     def _parts(self) -> dict:
         names = ("loss", "importance", "optimizer", "learning_rate", "masks", "compensation")
@@ -163,7 +167,8 @@ class Training:
         part |= {"attention_mask": mask, "loss_positions": positions}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             with torch.no_grad():
-                teacher_outputs = forward(self.cast_teacher, **read) if self.loss.compares else None
+                compares = self.loss.compares
+                teacher_outputs = forward(self.cast_teacher, **read, layers=self.layers) if compares else None
             outputs = forward(self.student, **read)
             terms = self.loss(outputs, teacher_outputs, tensors.get("labels"), **part)
             if self.is_copy:
@@ -174,7 +179,7 @@ class Training:
     def is_copy(self) -> bool:
         """Whether the student is a sentence encoder before its first prune: no label moves it off its teacher."""
         whole = self.config.initial == "teacher" and self.widths == Widths.of(self.teacher)
-        return whole and is_encoder(self.teacher)
+        return whole and self._leaving is None and is_encoder(self.teacher)
 
     def _probe(self, embeddings: Tensor) -> Tensor:
         """0.0, with the gradient of embeddings (B, E) along a random direction, since that of a copy's loss is 0.
@@ -192,31 +197,59 @@ class Training:
         if self.is_copy:
             self.optimizer.zero_grad()
 
+    def fade(self) -> None:
+        """Scale the outputs of the layer that leaves next by what this step leaves of the depth beyond the others."""
+        others = self.widths.layers - 1
+        depths = (self.config.depth_at(step, self.teacher, self.target) for step in (self.step - 1, self.step))
+        before, now = (min(max(depth - others, 0.0), 1.0) for depth in depths)
+        if now < 1:
+            if self._leaving is None:
+                stay = choose_layers(self._scores(), others + 1, others)
+                (self._leaving,) = {*range(others + 1)} - {*stay.tolist()}
+            fade(self.student, self._leaving, now / before if before else 0.0)
+
     def prune(self, widths: Widths) -> Pruned | None:
-        """Keep the neurons of highest importance, as many as `widths` has, or mask the others. None if not due."""
+        """Keep the neurons and layers of highest importance, as many as `widths` has. None if not due.
+
+        Under masks, neurons are masked instead. A layer that has been faded leaves first.
+        """
         due = widths != self.widths if self.masks is None else self.config.chooses_at(self.step)
         if not due or not widths.fits_in(self.widths):
             return None
         self.synchronise()
         measured = self.discrepancy() if self.config.eval_prunes else None
+        scores = self._scores()
+        pruned = Pruned(renumbered(scores, dict(enumerate(self.layers))), self.kept, measured)
+        if self.masks is not None:
+            self.masks.choose(widths, scores)
+        else:
+            self._narrow(widths, scores)
+        return pruned
+
+    def _scores(self) -> dict[str, Tensor]:
+        """The importance of the student's neurons, by group: in all processes that of the first."""
         scores = {name: score.to(self.teacher.device) for name, score in self.importance.scores().items()}
-        pruned = Pruned(broadcast(scores), self.kept, measured)  # all processes keep the neurons of the first
         if not any(score.any() for score in scores.values()):
             equal = "all scores are 0, because the student still equals its teacher, so the first neurons are kept"
             warnings.warn(f"step {self.step}: {equal}; give mlm a weight, or use scorer='magnitude'", stacklevel=2)
-        if self.masks is not None:
-            self.masks.choose(widths, pruned.scores)
-        else:
-            if self.compensation is not None:
-                layers = source_layers(self.student)
-                self.compensation.apply(self.student, self.loss, choose(pruned.scores, self.widths, widths, layers))
-            kept = narrow(self.student, widths, pruned.scores, self.optimizer)
-            self.importance.narrow(kept)
-            self.loss.narrow(kept, self.optimizer)
-            self._kept = {name: before[kept[name].cpu()] for name, before in self._kept.items()}
-            self._module = None
-            self.pool_as_teacher()
-        return pruned
+        return broadcast(scores)
+
+    def _narrow(self, widths: Widths, scores: dict[str, Tensor]) -> None:
+        """Remove neurons and layers from the student and from all that is trained with it."""
+        shape, faded = self.widths, f"layer.{self._leaving}."
+        scores = {name: score - score.max() - 1 if name.startswith(faded) else score for name, score in scores.items()}
+        if self.compensation is not None:
+            self.compensation.apply(self.student, self.loss, choose(scores, shape, widths, source_layers(self.student)))
+        kept = narrow(self.student, widths, scores, self.optimizer)
+        self.importance.narrow(kept)
+        self.loss.narrow(kept, self.optimizer)
+        if self._kept:
+            names = renumbered(kept, {layer: self.layers[layer] for layer in kept[LAYERS].tolist()})
+            self._kept = {name: self._kept[name][indices.cpu()] for name, indices in names.items()}
+        if shape.layers > widths.layers:
+            self._leaving = None
+        self._module = None
+        self.pool_as_teacher()
 
     def synchronise(self) -> None:
         """Share out the moments over all processes. Raise Diverged in all if the weights of one are not the first's."""
@@ -246,6 +279,12 @@ class Training:
         return self._kept if self.masks is None else self.masks.kept
 
     @property
+    def layers(self) -> list[int]:
+        """The teacher's layer of each layer of the student; evenly spaced ones for a student of random weights."""
+        depths = self.teacher.config.num_hidden_layers, self.student.config.num_hidden_layers
+        return self.kept[LAYERS].tolist() if self.kept else spaced_layers(*depths)
+
+    @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """All parameters of the optimiser."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -264,7 +303,8 @@ class Training:
         started = perf_counter()
         neurons = None if self.masks is None else self.masks.kept.get(HIDDEN)
         with applied(self.masks):
-            measured = discrepancy(self.student, self.teacher, self.held_out, neurons=neurons, heads=self.loss.heads)
+            student = {"neurons": neurons, "heads": self.loss.heads, "layers": self.layers}
+            measured = discrepancy(self.student, self.teacher, self.held_out, **student)
         self._started += perf_counter() - started
         return measured
 

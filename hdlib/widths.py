@@ -2,10 +2,12 @@
 
 A neuron owns slices of many parameters: hidden neuron i is entry i of the residual stream, which every layer reads and
 writes; query dimension i is multiplied by key dimension i. A *width group* is a set of neurons with all their slices.
-The groups follow from the tables in families.py. L layers, H heads, D hidden width, F feed-forward width.
+The groups follow from the tables in families.py. Depth is a width too: the number of layers, of which the first always
+stays. L layers, H heads, D hidden width, F feed-forward width.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import gcd, lcm
@@ -18,6 +20,8 @@ from transformers import PreTrainedModel
 from .families import EMBEDDING, FAMILIES, FFN, FIXED, HEADS, HIDDEN, KEY, QUERY, SHARED_HEADS, VALUE, Family
 
 QUERY_KEY = "query_key"  # the group that QUERY and KEY form
+LAYERS = "layers"  # beside groups of neurons: the layers themselves
+NUMBER = re.compile(r"(?<=[.])\d+(?=[.])")  # of a layer, in the name of a group, module or parameter
 
 
 class UnsupportedArchitecture(ValueError):
@@ -76,7 +80,8 @@ class Block(NamedTuple):
     def narrowed(self, kept: dict[str, Tensor]) -> Self:
         """This block after a prune; `kept` is the result of `hdlib.narrow`."""
         size = len(kept[self.group])
-        return self._replace(size=size, start=self.start // self.size * size)
+        (group,) = renumbered({self.group: size}, new_numbers(kept))
+        return self._replace(group=group, size=size, start=self.start // self.size * size)
 
 
 Axis = tuple[Block, ...] | None  # the blocks of an axis from first to last; None: never narrowed
@@ -114,8 +119,7 @@ def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, length: in
         if each % size or each * len(kinds) != length:
             raise UnsupportedArchitecture(f"{name} has an axis of {length}, not a multiple of {len(kinds)} x {size}")
         if group not in (HIDDEN, SHARED_HEADS):
-            layer = re.search(r"[.](\d+)[.]", name)[1]
-            group = f"layer.{layer}.{group}"
+            group = f"layer.{NUMBER.search(name)[0]}.{group}"
         blocks.append(Block(group, size, each // size, number * each, kind == QUERY))
     return tuple(blocks)
 
@@ -123,8 +127,22 @@ def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, length: in
 def all_neurons(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every neuron and head of a model, in the form in which `hdlib.narrow` returns those it kept."""
     kept = {name: torch.arange(group.size) for name, group in width_groups(model).items()}
-    layers, heads = range(model.config.num_hidden_layers), Widths.of(model).heads
-    return kept | {f"layer.{layer}.heads": torch.arange(heads) for layer in layers}
+    layers, heads = torch.arange(model.config.num_hidden_layers), torch.arange(Widths.of(model).heads)
+    return kept | {LAYERS: layers} | {f"layer.{layer}.heads": heads for layer in layers.tolist()}
+
+
+def renumbered(named: Mapping, layers: Mapping[int, int]) -> dict:
+    """Entries by name, with the old number of a layer in each name replaced by the new one; `layers` maps old to new.
+
+    Entries of other layers are left out. Those of no layer, such as "hidden", stay.
+    """
+    stay = (name for name in named if all(int(number) in layers for number in NUMBER.findall(name)[:1]))
+    return {NUMBER.sub(lambda number: str(layers[int(number[0])]), name, count=1): named[name] for name in stay}
+
+
+def new_numbers(kept: dict[str, Tensor]) -> dict[int, int]:
+    """The number of each layer that stays, before to after; `kept` is the result of `hdlib.narrow`."""
+    return {old: new for new, old in enumerate(kept[LAYERS].tolist())}
 
 
 class WidthGroups(dict[str, WidthGroup]):
@@ -174,7 +192,7 @@ def width_groups(model: PreTrainedModel) -> WidthGroups:
 
 @dataclass(frozen=True)
 class Widths:
-    """A shape: hidden width D, feed-forward width F, dimensions per head, heads per layer.
+    """A shape: hidden width D, feed-forward width F, dimensions per head, heads per layer, layers.
 
     A width that is None is taken from the model on which the shape is used. Where the stock class has
     hidden = heads x head_dim, a missing one of these three follows from the others.
@@ -184,6 +202,7 @@ class Widths:
     ffn: int | None = None
     head_dim: int | None = None
     heads: int | None = None
+    layers: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
@@ -192,11 +211,11 @@ class Widths:
         heads, hidden = config.num_attention_heads, config.hidden_size
         head_dim = hidden // heads if declared.linked else getattr(config, "head_dim", None) or hidden // heads
         # GPT-2's n_inner may be None, which stands for four times the hidden width.
-        return cls(hidden, getattr(config, declared.ffn) or 4 * hidden, head_dim, heads)
+        return cls(hidden, getattr(config, declared.ffn) or 4 * hidden, head_dim, heads, config.num_hidden_layers)
 
     @classmethod
     def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Self:
-        """The possible shape nearest to `ratio` times the model's widths.
+        """The possible shape nearest to `ratio` times the model's widths. All layers stay.
 
         Every head loses dimensions where the family allows it; else whole heads are removed.
 
@@ -275,8 +294,8 @@ class Widths:
         return all(width <= getattr(other, name) for name, width in asdict(self).items())
 
 
-def set_widths(model: PreTrainedModel, config, widths: Widths) -> None:
-    """Write a shape into the config of a model (its own, or a copy)."""
+def set_widths(model: PreTrainedModel, config, widths: Widths, layers: list[int] | None = None) -> None:
+    """Write a shape into the config of a model (its own, or a copy). `layers` stay; None: the first ones."""
     declared, hidden = family(model), config.hidden_size
     for name in (declared.embedding, *declared.follows):
         if name and getattr(config, name, None) == hidden:
@@ -288,6 +307,9 @@ def set_widths(model: PreTrainedModel, config, widths: Widths) -> None:
     config.hidden_size = widths.hidden
     config.num_attention_heads = widths.heads
     setattr(config, declared.ffn, widths.ffn)
+    config.num_hidden_layers = widths.layers
+    if getattr(config, "layer_types", None):  # whether a layer attends to all tokens or to a window
+        config.layer_types = [config.layer_types[layer] for layer in layers or range(widths.layers)]
 
 
 def source_layers(model: PreTrainedModel) -> list[int]:
@@ -295,6 +317,19 @@ def source_layers(model: PreTrainedModel) -> list[int]:
     layers = model.config.num_hidden_layers
     groups = getattr(model.config, "num_hidden_groups", layers)
     return [layer * groups // layers for layer in range(layers)]
+
+
+def spaced_layers(depth: int, count: int) -> list[int]:
+    """`count` of `depth` layers, evenly spaced, the first and the last among them if there are two."""
+    return torch.linspace(0, depth - 1, count).round().long().tolist() if count > 1 else [0]
+
+
+def compared_states(layers: list[int], depth: int) -> list[int]:
+    """Which of the 1 + `depth` hidden states of a model those of one with these layers only are compared with.
+
+    The last one, which the head reads, always with the last.
+    """
+    return [0, *(layer + 1 for layer in layers[:-1]), depth]
 
 
 def _completed(given: dict[str, int], wide: Widths, declared: Family) -> dict[str, int]:
@@ -310,7 +345,7 @@ def _completed(given: dict[str, int], wide: Widths, declared: Family) -> dict[st
 
 def _check_possible(shape: Widths, wide: Widths, model: PreTrainedModel, declared: Family) -> None:
     kind, group = model.config.model_type, wide.heads // _key_value_heads(model)
-    for name, reason in declared.fixed.items():
+    for name, reason in _fixed(model).items():
         given, only = getattr(shape, name), getattr(wide, name)
         if given != only:
             raise ValueError(f"{name}={given} is impossible for {kind!r}: {name} stays {only}, since {reason}")
@@ -338,12 +373,22 @@ def _changes(model: PreTrainedModel) -> str:
     """Which widths can change and which cannot, with their present values."""
     wide, declared, embedding = Widths.of(model), family(model), _separate_embedding(model, family(model))
     widths = {name: f"{name} {width}" for name, width in asdict(wide).items()}
-    fixed = [widths.pop(name) for name in declared.fixed] + ([f"embeddings {embedding}"] if embedding else [])
+    fixed = [widths.pop(name) for name in _fixed(model)] + ([f"embeddings {embedding}"] if embedding else [])
     group = wide.heads // _key_value_heads(model)
     changes = f"{type(model).__name__} can change: {', '.join(widths.values())}"
     changes += f" in multiples of {group}" if group > 1 else ""
     changes += ", where hidden = heads x head_dim." if declared.linked else "."
     return f"{changes} Fixed: {', '.join(fixed)}." if fixed else changes
+
+
+def _fixed(model: PreTrainedModel) -> dict[str, str]:
+    """The widths that cannot change, with the reason; for depth it may depend on the config."""
+    config, fixed = model.config, dict(family(model).fixed)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        fixed[LAYERS] = "each divides its attention scores by its own number"
+    if getattr(config, "conv_kernel_size", 0):
+        fixed[LAYERS] = "a convolution follows the first"
+    return fixed
 
 
 def _key_value_heads(model: PreTrainedModel) -> int:

@@ -25,9 +25,10 @@ from hdlib.lab.cost import placeholder_tokenizer
 from hdlib.models import forward
 from hdlib.precision import cast_once, recompute_casts
 from hdlib.training import Training
+from hdlib.widths import new_numbers, renumbered
 
 from models import VOCABULARY
-from reference import Doubles, zeroed
+from reference import Doubles, without_layers, zeroed
 
 
 def loss_for(model, **options) -> DistillationLoss:
@@ -35,19 +36,19 @@ def loss_for(model, **options) -> DistillationLoss:
     return DistillationLoss(config.hidden_size, config.num_hidden_layers, config.num_attention_heads, **options)
 
 
-def total_loss(teacher, batch, loss=None) -> Callable[[PreTrainedModel], torch.Tensor]:
+def total_loss(teacher, batch, loss=None, layers=None) -> Callable[[PreTrainedModel], torch.Tensor]:
     """The loss of a student on a batch, with all terms, as a function of the student."""
     input_ids, labels = batch
     loss = loss or loss_for(teacher).to(teacher.dtype)
     positions = loss.loss_positions(labels)
     with torch.no_grad():
-        teacher_outputs = forward(teacher, input_ids, positions)
+        teacher_outputs = forward(teacher, input_ids, positions, layers=layers)
     return lambda student: loss(forward(student, input_ids, positions), teacher_outputs, labels).total
 
 
-def backward(model, teacher, batch, loss=None) -> None:
+def backward(model, teacher, batch, loss=None, layers=None) -> None:
     """One backward pass of the total loss."""
-    total_loss(teacher, batch, loss)(model).backward()
+    total_loss(teacher, batch, loss, layers)(model).backward()
 
 
 def sensitivities(model, batch) -> dict[str, torch.Tensor]:
@@ -106,14 +107,14 @@ def mask_equals_narrow(teacher: PreTrainedModel, widths: Widths, batch, toleranc
     with torch.no_grad():
         got = forward(student, input_ids)
         with zeroed(copy.deepcopy(teacher), kept) as wide:
-            expected = forward(wide, input_ids)
+            expected = forward(without_layers(wide, kept["layers"].tolist()), input_ids)
     assert student.config.hidden_size < teacher.config.hidden_size or widths.hidden == teacher.config.hidden_size
     close(got.logits, expected.logits, tolerance)
     for narrow, wide in zip(got.hidden_states, expected.hidden_states, strict=True):
         narrowed = "hidden" in kept and wide.shape[-1] == teacher.config.hidden_size
         close(narrow, wide[..., kept["hidden"]] if narrowed else wide, tolerance)
     for layer, (narrow, wide) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
-        wide = wide.of_heads(kept[f"layer.{layer}.heads"])
+        wide = wide.of_heads(kept[f"layer.{kept['layers'][layer]}.heads"])
         attended = torch.ones_like(narrow.scores()).bool() if narrow.attended is None else narrow.attended
         close(narrow.scores().where(attended, 0.0), wide.scores().where(attended, 0.0), tolerance)
 
@@ -154,6 +155,7 @@ def asked_is_got(teacher: PreTrainedModel, widths: Widths, batch) -> None:
     assert all(states.shape[-1] == widths.hidden for states in output.hidden_states[:-1])
     last = student.config.word_embed_proj_dim if student.config.model_type == "opt" else widths.hidden
     assert output.hidden_states[-1].shape[-1] == last
+    assert len(output.attentions) == widths.layers == len(kept["layers"]) and kept["layers"][0] == 0
     for layer, recorded in enumerate(output.attentions):
         assert recorded.scores().shape[1] == widths.heads == len(kept[f"layer.{layer}.heads"])
         if hasattr(recorded, "query"):
@@ -170,10 +172,10 @@ def _query_heads_to_a_key(model: PreTrainedModel) -> int:
 def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_each=lambda student: None) -> None:
     """5. After each prune every parameter is in the optimiser once, with its moments, and changes at the next step."""
     student = hdlib.models.student_of(teacher)
-    loss = loss_for(teacher)
+    loss, layers = loss_for(teacher), torch.arange(teacher.config.num_hidden_layers)
     optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=1e-3, weight_decay=0.0)
     for widths in shapes:
-        backward(student, teacher, batch, loss)
+        backward(student, teacher, batch, loss, layers.tolist())
         optimizer.step()
         unused = {name for name, parameter in loss.named_parameters() if parameter.grad is None}
         used = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
@@ -183,6 +185,10 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
         optimizer.zero_grad()
         kept = hdlib.narrow(student, widths, scorer.scores(), optimizer)
         loss.narrow(kept, optimizer)
+        layers, numbers = layers[kept["layers"]], new_numbers(kept)
+        used, before = {*renumbered(dict.fromkeys(used), numbers)}, renumbered(before, numbers)
+        last = len(layers) - 1
+        unused = {f"hidden_projections.{last}"} if unused else unused
         trained = [*student.parameters(), *loss.parameters()]
         held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         assert held == Counter(id(parameter) for parameter in trained)
@@ -194,7 +200,7 @@ def live_optimizer(teacher: PreTrainedModel, shapes: list[Widths], batch, after_
             for now, earlier in zip(_products(student.get_parameter(name), optimizer), products, strict=True):
                 assert are_among(now, earlier), name
         now = {name: student.get_parameter(name).detach().clone() for name in used}
-        backward(student, teacher, batch, loss)
+        backward(student, teacher, batch, loss, layers.tolist())
         optimizer.step()
         still = [name for name, weight in now.items() if torch.equal(student.get_parameter(name), weight)]
         assert not still, f"these did not change: {still}"

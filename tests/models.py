@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers as T
@@ -26,6 +26,7 @@ class Kind:
     grouped: bool = False  # has key/value heads
     hidden_fixed: bool = False
     divisible: bool = False  # not linked, but hidden is a multiple of heads
+    deep: bool = True  # layers can leave
 
     @property
     def causal(self) -> bool:
@@ -38,7 +39,7 @@ _GPT = _IDS | {"max_position_embeddings": POSITIONS}
 _ROTARY = _GPT | {"attention_dropout": 0.0}
 _LLAMA = {"options": _ROTARY, "head_dims": False, "linked": False, "grouped": True}
 _WINDOW = {"sliding_window": 6}
-_GEMMA = _LLAMA | {"options": _ROTARY | _WINDOW, "hidden_fixed": True, "divisible": True}
+_GEMMA = _LLAMA | {"options": _ROTARY | _WINDOW, "hidden_fixed": True, "divisible": True, "deep": False}
 _DEBERTA = {
     "relative_attention": True,
     "position_buckets": 8,
@@ -70,12 +71,17 @@ KINDS = {
     "distilbert": Kind(T.DistilBertForMaskedLM, T.DistilBertConfig, _DISTILBERT_NAMES, _BERT_LIKE),
     "electra": Kind(T.ElectraForMaskedLM, T.ElectraConfig, options=_BERT_LIKE | {"embedding_size": 10}),
     "electra, one width": Kind(T.ElectraForMaskedLM, T.ElectraConfig, options=_BERT_LIKE | {"embedding_size": None}),
-    "albert": Kind(T.AlbertForMaskedLM, T.AlbertConfig, options=_BERT_LIKE | {"embedding_size": 10}),
+    "albert": Kind(T.AlbertForMaskedLM, T.AlbertConfig, options=_BERT_LIKE | {"embedding_size": 10}, deep=False),
     "albert, two groups": Kind(
-        T.AlbertForMaskedLM, T.AlbertConfig, options=_BERT_LIKE | {"embedding_size": 7, "num_hidden_groups": 2}
+        T.AlbertForMaskedLM,
+        T.AlbertConfig,
+        options=_BERT_LIKE | {"embedding_size": 7, "num_hidden_groups": 2},
+        deep=False,
     ),
     "mpnet": Kind(T.MPNetForMaskedLM, T.MPNetConfig, options=_BERT_LIKE),
-    "deberta-v2": Kind(T.DebertaV2ForMaskedLM, T.DebertaV2Config, options=_DEBERTA | {"conv_kernel_size": 3}),
+    "deberta-v2": Kind(
+        T.DebertaV2ForMaskedLM, T.DebertaV2Config, options=_DEBERTA | {"conv_kernel_size": 3}, deep=False
+    ),
     "deberta-v3": Kind(
         T.DebertaV2ForMaskedLM, T.DebertaV2Config, options=_DEBERTA | {"share_att_key": True, "legacy": False}
     ),
@@ -88,7 +94,7 @@ KINDS = {
     ),
     "gpt2": Kind(T.GPT2LMHeadModel, T.GPT2Config, _GPT2_NAMES, _GPT),
     "gpt2, by layer": Kind(
-        T.GPT2LMHeadModel, T.GPT2Config, _GPT2_NAMES, _GPT | {"scale_attn_by_inverse_layer_idx": True}
+        T.GPT2LMHeadModel, T.GPT2Config, _GPT2_NAMES, _GPT | {"scale_attn_by_inverse_layer_idx": True}, deep=False
     ),
     "gpt2, unscaled": Kind(T.GPT2LMHeadModel, T.GPT2Config, _GPT2_NAMES, _GPT | {"scale_attn_weights": False}),
     "opt": Kind(T.OPTForCausalLM, T.OPTConfig, {"intermediate_size": "ffn_dim"}, _GPT | {"word_embed_proj_dim": None}),
@@ -184,6 +190,8 @@ def narrower(name: str, model, ratio: float) -> dict[str, Widths]:
     shapes["heads"] = Widths(heads=heads, hidden=hidden)
     if kind.head_dims:
         shapes["head_dim"] = Widths(head_dim=part(wide.head_dim))
+    if kind.deep:
+        shapes["layers"] = replace(shapes["all"], layers=max(1, wide.layers // 2))
     if not kind.linked and not kind.hidden_fixed:
         shapes["hidden"] = Widths(hidden=part(wide.hidden, wide.heads if kind.divisible else 1))
     return {width: shape.resolved(model) for width, shape in shapes.items()}
@@ -224,4 +232,5 @@ def models_and_widths(draw, least_hidden=1):
         heads, head_dim = (wide.heads, wide.head_dim) if widest else (heads, head_dim + 1)
         hidden = heads * head_dim
     ffn = draw(st.integers(1, wide.ffn))
-    return name, model, Widths(hidden=hidden, ffn=ffn, head_dim=head_dim, heads=heads)
+    layers = draw(st.integers(1, wide.layers)) if kind.deep else wide.layers
+    return name, model, Widths(hidden=hidden, ffn=ffn, head_dim=head_dim, heads=heads, layers=layers)

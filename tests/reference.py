@@ -53,6 +53,18 @@ def _masked_norm(mask: torch.Tensor):
     return hook
 
 
+def without_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """The model itself, of which only the layers `kept` are run."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers:
+                setattr(module, name, nn.ModuleList(child[layer] for layer in kept))
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]
+    return model
+
+
 @contextmanager
 def zeroed(model: PreTrainedModel, kept: dict[str, torch.Tensor]):
     """A model of any family with all weights of removed neurons set to 0, in place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 from itertools import pairwise
 
@@ -183,7 +183,9 @@ def test_operations_of_the_head_are_at_the_loss_positions(options, loss_position
 @pytest.mark.parametrize("name", [*list(KINDS)[1::7], *full(*(name for n, name in enumerate(KINDS) if n % 7 != 1))])
 def test_counts_at_some_shapes_give_the_others(name):
     teacher = random_model(name, heads=8, head_dim=16, ffn=400, hidden=128, vocabulary=100)
-    config = DistillConfig(steps=1000, target=0.3, prune_every=1)
+    target = Widths.at(teacher, 0.3)
+    target = replace(target, layers=1) if KINDS[name].deep else target
+    config = DistillConfig(steps=1000, target=target, prune_every=1)
     shapes = sorted(set(course(teacher, config)[0]), key=astuple)
     found = cost.operations(teacher, shapes, config, 16)
     assert len(shapes) > 100 and found.keys() == set(shapes)
@@ -193,10 +195,13 @@ def test_counts_at_some_shapes_give_the_others(name):
         assert found[widths] == pytest.approx(wide + 3 * forward(teacher, widths, loss_positions), rel=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"initial": "random"}, {"schedule": "one_shot"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"initial": "random"}, {"schedule": "one_shot"}, {"target": Widths(layers=1, ffn=20)}], ids=str
+)
 def test_a_run_takes_the_projected_course(options, teacher, tokenizer, blocks, tmp_path):
-    config = DistillConfig(steps=12, batch_size=4, target=0.4, prune_every=2, precision="float32", **options)
-    names = ["hidden_size", "intermediate_size", "head_dim", "num_heads"]
+    options = {"target": 0.4} | options
+    config = DistillConfig(steps=12, batch_size=4, prune_every=2, precision="float32", **options)
+    names = ["hidden_size", "intermediate_size", "head_dim", "num_heads", "num_layers"]
     metrics = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "run").metrics[names]
     after = [Widths(*map(int, row)) for row in metrics.itertuples(index=False)]  # step 0 first
     widths, prunes = course(teacher, config)

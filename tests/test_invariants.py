@@ -44,12 +44,12 @@ def cases() -> Iterator:
 
 def test_every_width_meets_every_ratio_by_default():
     chosen = {tuple(case.values[1:]) for case in cases() if not case.marks}
-    assert chosen == set(product(("ffn", "all", "heads", "head_dim", "hidden"), RATIOS))
+    assert chosen == set(product(("ffn", "all", "heads", "head_dim", "hidden", "layers"), RATIOS))
 
 
 @pytest.mark.parametrize("name, width, ratio", cases())
 def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
-    model = random_model(name)
+    model = random_model(name, layers=3 if width == "layers" else 2)
     shape = narrower(name, model, ratio)[width]
     invariants.eight(model, shape, random_batch(size=4), tmp_path)
     invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
@@ -73,8 +73,8 @@ def test_mask_equals_narrow_down_to_one_neuron(drawn):
 @pytest.mark.parametrize("name", [*TRAINED, *full(*(name for name in KINDS if name not in TRAINED))])
 def test_twenty_prunes_with_training_between_them(name, tmp_path):
     """After each: widths, every parameter in the optimiser once and changing, ties; every tenth model is saved."""
-    model = random_model(name, heads=6, head_dim=8, ffn=90, hidden=66, groups=3)
-    least = Widths.at(model, 0.2)
+    model = random_model(name, heads=6, head_dim=8, ffn=90, hidden=66, groups=3, layers=3)
+    least = narrower(name, model, 0.2)["layers" if KINDS[name].deep else "all"]
     shapes = [Widths.of(model).between(least, step / 20, model) for step in range(1, 21)]
     assert len(set(shapes)) > 10 and shapes[-1] == least
     prunes = []

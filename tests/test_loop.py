@@ -111,7 +111,7 @@ def test_one_shot_prunes_once(teacher, tokenizer, blocks, tmp_path):
 def test_heads_instead_of_head_dimensions(teacher, tokenizer, blocks, tmp_path):
     config = DistillConfig(**ARGUMENTS | {"target": {"hidden": 12, "ffn": 28, "heads": 2, "head_dim": 6}})
     student, _ = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path).student()
-    assert Widths.of(student) == Widths(12, 28, 6, 2)
+    assert Widths.of(student) == Widths(12, 28, 6, 2, 2)
 
 
 def test_a_finished_run_is_not_repeated(teacher, tokenizer, blocks, config, whole_run):

@@ -25,7 +25,7 @@ OPTIONS = {"steps": 8, "precision": "float32", "prune_end": 0.5, "eval_every": 8
 LATE = {"prune_start": 0.5, "prune_end": 0.8}  # a fit on few tokens enlarges differences in rounding
 RUNS = {
     "compensated": ("bert", {"rotate": True, "compensate": True, "scorer": "reconstruction"} | LATE),
-    "micro-batches": ("bert", {"micro_batch_size": 3}),
+    "micro-batches": ("bert", {"micro_batch_size": 3, "target": hdlib.Widths(layers=2, ffn=28)}),
 }
 FULL = {
     "no head": ("bert", {"mlm": 0.0, "prediction": 0.0, "hidden": 0.0}),  # parameters without gradient
@@ -40,7 +40,7 @@ FULL = {
 
 def run(kind: str, options: dict, folder: Path, **how) -> hdlib.Run:
     """A short run on random tokens; every other block has few labels or none."""
-    teacher = random_model(kind, vocabulary=VOCABULARY)
+    teacher = random_model(kind, vocabulary=VOCABULARY, layers=3 if "target" in options else 2)
     tokenizer, train, held_out = _text(teacher)
     tokens = train[:]["input_ids"]
     if not options.get("compensate"):
@@ -70,7 +70,8 @@ def _run_all(rank: int, folder: Path, runs: dict) -> None:
 
 
 def agree(one: hdlib.Run, several: hdlib.Run) -> None:
-    assert several.metrics["intermediate_size"].equals(one.metrics["intermediate_size"])
+    for width in ("intermediate_size", "num_layers"):
+        assert several.metrics[width].equals(one.metrics[width])
     assert one.has_student == several.has_student and (not one.has_student or several.kept == one.kept)
     for name in ("total", *TERMS, "gradient_norm", "held_out_kl"):
         if name in one.metrics:

@@ -20,7 +20,7 @@ from conftest import random_batch, random_bert
 from models import KINDS, narrower, random_model
 from reference import Doubles
 
-NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4)
+NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4, layers=2)
 
 
 def red(check, *arguments) -> None:
@@ -79,7 +79,7 @@ def test_stock_detects_ties_that_were_broken(monkeypatch, tmp_path):
 
 def test_stock_detects_a_config_that_was_not_updated(monkeypatch, tmp_path):
     model, set_widths = random_bert(), narrowing.set_widths
-    monkeypatch.setattr(narrowing, "set_widths", lambda m, c, w: None if c is model.config else set_widths(m, c, w))
+    monkeypatch.setattr(narrowing, "set_widths", lambda m, c, *w: None if c is model.config else set_widths(m, c, *w))
     monkeypatch.setattr(hdlib.models, "student_of", lambda _: model)
     red(invariants.stock, random_bert(), NARROW, random_batch(), tmp_path)
 

@@ -23,7 +23,7 @@ def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
     with torch.device("meta"):
         base = BertModel(BertConfig())
         widths = Widths.at(base, ratio)
-        assert widths == Widths(hidden, ffn, hidden // 12, 12)
+        assert widths == Widths(hidden, ffn, hidden // 12, 12, 12)
         narrow = BertModel(BertConfig(hidden_size=hidden, intermediate_size=ffn))
     layers_and_tokens = sum(p.numel() for n, p in narrow.named_parameters() if "layer" in n or "word" in n)
     assert layers_and_tokens / 1e6 == pytest.approx(millions, rel=0.01)
@@ -32,21 +32,22 @@ def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
 def test_the_nearest_possible_shape():
     with torch.device("meta"):
         base = BertModel(BertConfig())
-    assert Widths.at(base, 0.29) == Widths(228, 891, 19, 12)
-    assert Widths.at(base, 0.29, multiple_of=8) == Widths(216, 888, 18, 12)
-    assert Widths.at(base, 1.0) == Widths.of(base) == Widths(768, 3072, 64, 12)
+    assert Widths.at(base, 0.29) == Widths(228, 891, 19, 12, 12)
+    assert Widths.at(base, 0.29, multiple_of=8) == Widths(216, 888, 18, 12, 12)
+    assert Widths.at(base, 1.0) == Widths.of(base) == Widths(768, 3072, 64, 12, 12)
     assert Widths.at(base, 0.001).hidden == 12
 
 
 @pytest.mark.parametrize(
     "given, full",
     [
-        (Widths(hidden=12), Widths(12, 56, 3, 4)),
-        (Widths(ffn=9), Widths(24, 9, 6, 4)),
-        (Widths(heads=2), Widths(12, 56, 6, 2)),
-        (Widths(head_dim=2), Widths(8, 56, 2, 4)),
-        (Widths(hidden=12, head_dim=6), Widths(12, 56, 6, 2)),
-        (Widths(), Widths(24, 56, 6, 4)),
+        (Widths(hidden=12), Widths(12, 56, 3, 4, 2)),
+        (Widths(ffn=9), Widths(24, 9, 6, 4, 2)),
+        (Widths(heads=2), Widths(12, 56, 6, 2, 2)),
+        (Widths(head_dim=2), Widths(8, 56, 2, 4, 2)),
+        (Widths(hidden=12, head_dim=6), Widths(12, 56, 6, 2, 2)),
+        (Widths(layers=1), Widths(24, 56, 6, 4, 1)),
+        (Widths(), Widths(24, 56, 6, 4, 2)),
     ],
 )
 def test_missing_widths_follow(given, full):
@@ -60,13 +61,13 @@ def test_missing_widths_follow(given, full):
 def test_the_path_between_two_shapes(multiple_of):
     with torch.device("meta"):
         base = BertModel(BertConfig())
-    wide, narrow = Widths(768, 3072, 64, 12), Widths(228, 891, 19, 12)
+    wide, narrow = Widths(768, 3072, 64, 12, 12), Widths(228, 891, 19, 12, 5)
     assert wide.between(narrow, 0.0, base) == wide and wide.between(narrow, 1.0, base) == narrow
     path = [wide.between(narrow, i / 100, base, multiple_of) for i in range(101)]
     for shape in path[1:-1]:
         assert all(width % multiple_of == 0 or width in (768, 3072) for width in (shape.hidden, shape.ffn))
     assert len(set(path)) > 3
-    for name in ("hidden", "ffn", "head_dim"):
+    for name in ("hidden", "ffn", "head_dim", "layers"):
         widths = [getattr(shape, name) for shape in path]
         assert widths == sorted(widths, reverse=True)
     assert all(shape.hidden == shape.heads * shape.head_dim for shape in path)
@@ -173,7 +174,7 @@ def test_what_a_family_cannot_become(name, widths, words):
 def test_the_width_of_the_embeddings_is_skipped(name, option):
     """If a student's hidden width equalled that of its embeddings, it would be loaded without their projection."""
     model = random_model(name, **{option: 12})
-    assert Widths.at(model, 0.5) == Widths(hidden=8, ffn=28, head_dim=2, heads=4)
+    assert Widths.at(model, 0.5) == Widths(hidden=8, ffn=28, head_dim=2, heads=4, layers=2)
     least = Widths.at(model, 0.3)
     path = [Widths.of(model).between(least, i / 40, model) for i in range(41)]
     assert {shape.hidden for shape in path} == {24, 20, 16, 8}

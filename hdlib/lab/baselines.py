@@ -28,15 +28,15 @@ from ..downstream import sts
 from ..losses import embedding_loss
 from ..models import forward, load_teacher, trainable
 from ..sentences import Dense, encode
+from ..widths import spaced_layers
 from .cost import parameters
 from .export import save_sentence_encoder
 
 
 def keep_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """A copy with `count` of the L layers, evenly spaced, the first and the last among them if there are two."""
-    layers = model.config.num_hidden_layers
-    kept = torch.linspace(0, layers - 1, count).round().long().tolist() if count > 1 else [0]
-    smaller = deepcopy(model)
+    layers, smaller = model.config.num_hidden_layers, deepcopy(model)
+    kept = spaced_layers(layers, count)
     for module in smaller.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == layers:

@@ -221,8 +221,8 @@ def operations(
     """Floating-point operations of a step for one block of S = `length` tokens, by the shape of the student.
 
     One forward of the teacher, if a loss term uses it, and three times the forward of the student (forward and
-    backward pass). A matrix product has two widths, or one width and a constant. So a linear fit to the counts of
-    some shapes gives the others exactly.
+    backward pass). A matrix product has two widths, or one width and a constant, in every layer or once. So a linear
+    fit to the counts of some shapes gives the others exactly.
     """
     wide, shapes = Widths.of(teacher), sorted(set(shapes), key=astuple)
     loss_positions = length
@@ -248,8 +248,9 @@ def fitted_count(count: Callable[[Widths], float], some: Iterable[Widths], wide:
 def _products(widths: Widths, wide: Widths) -> list[float]:
     """The terms whose weighted sum is the operations of a forward: widths over the teacher's, and their products."""
     hidden, ffn = widths.hidden / wide.hidden, widths.ffn / wide.ffn
-    heads = widths.heads * widths.head_dim / (wide.heads * wide.head_dim)
-    return [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
+    heads, depth = widths.heads * widths.head_dim / (wide.heads * wide.head_dim), widths.layers / wide.layers
+    of_layers = [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
+    return [1.0, hidden, hidden * hidden, *(depth * each for each in of_layers)]
 
 
 def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -64,7 +63,13 @@ MEASURES = {
     "latency": "milliseconds, one forward",
 }
 PLACES = {"step": "step", "seconds of training": "seconds", "parameters": "parameters"}  # x axes of `plot_arms`
-WIDTHS = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "head_dim": "dimensions a head"}
+WIDTHS = {
+    "hidden": "hidden",
+    "ffn": "feed-forward",
+    "heads": "heads",
+    "head_dim": "dimensions a head",
+    "layers": "layers",
+}
 LABELS = {
     "mlm": "language model",
     "prediction": "prediction",
@@ -201,8 +206,8 @@ def plot_layers(run: Run, what: str = "hidden", axes: Axes | None = None) -> Fig
     `what` is "hidden" (error of the best linear map between the states) or "attention" (KL of the probabilities).
     """
     axes = axes or plt.subplots(figsize=(7, 2.6))[1]
-    columns = run.metrics.filter(regex=rf"^held_out_{what}_\d+$").dropna()
-    layers = np.arange(1, columns.shape[1] + 1)
+    columns = run.metrics.filter(regex=rf"^held_out_{what}_\d+$").dropna(how="all")  # a layer that left has none
+    layers = [int(name.rpartition("_")[2]) for name in columns]
     shades = axes.pcolormesh(columns.index, layers, columns.to_numpy().T, cmap="cividis", shading="nearest")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
