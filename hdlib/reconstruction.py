@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import FFN, HIDDEN
+from .families import FFN, HIDDEN, VALUE
 from .losses import DistillationLoss
 from .models import base_model, base_name
 from .narrowing import kept_indices, sites_of
@@ -129,20 +129,20 @@ class Compensation:
             self._moments[name] = Moments(*(reduce(each, "mean") for each in sums))
 
     @torch.no_grad()
-    def errors_of_hidden(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """By group, the squared error that removing one hidden neuron alone leaves in what layers make of it, (D,).
+    def errors(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The squared error that removing one neuron alone leaves in what layers make of it, by group, (N,) each.
 
-        After the fold it is |w_i|^2 / [C^-1]_ii, with the row w_i of a layer's weight (D, out) and the covariance C of
-        what the layer reads (optimal brain surgeon, Hassibi et al., 1993); the sum over all layers that read it.
+        Of the residual stream and of the values of heads. After the fold it is |w_i|^2 / [C^-1]_ii, with the row w_i of
+        a layer's weight (D, out) and the covariance C of what it reads (optimal brain surgeon, Hassibi et al., 1993);
+        the sum over all layers that read the neuron.
         """
-        layers = self._layers or _Layers.of(model)
-        hidden = {name: axis for name, axis in layers.readers.items() if axis[0].group == HIDDEN}
-        fits = _Fits(self._moments, self._source, hidden, {})
-        errors = [
-            doubled(reader_weight(model, name).square().sum(1)) * fits.unexplained(name)
-            for name in filter(self._source.__contains__, hidden)
-        ]
-        return {HIDDEN: sum(errors).float()} if errors else {}
+        layers, errors = self._layers or _Layers.of(model), {}
+        fits = _Fits(self._moments, self._source, layers.readers, {})
+        for name, (block, *_) in layers.readers.items():
+            if name in self._source and block.group.endswith((HIDDEN, VALUE)):
+                error = doubled(reader_weight(model, name).square().sum(1)) * fits.unexplained(name)
+                errors[block.group] = errors.get(block.group, 0.0) + error
+        return {group: error.float() for group, error in errors.items()}
 
     @torch.no_grad()
     def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:

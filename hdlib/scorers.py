@@ -188,9 +188,9 @@ class Random(Scorer):
 
 
 class Reconstruction(Sensitivity):
-    """Sensitivity, but of hidden neurons the error that removing one leaves after its fold.
+    """Sensitivity, but of hidden neurons and of the values of heads the error that removing one leaves after its fold.
 
-    That of other groups is not known, or small. `compensation` has the moments (`hdlib.reconstruction.Compensation`).
+    `compensation`, a `hdlib.reconstruction.Compensation`, has the moments of what layers read.
     """
 
     def __init__(self, compensation, smoothing: float = 0.85):
@@ -202,7 +202,7 @@ class Reconstruction(Sensitivity):
         super().update(model)
 
     def scores(self) -> dict[str, Tensor]:
-        return super().scores() | self.compensation.errors_of_hidden(self._model)
+        return super().scores() | self.compensation.errors(self._model)
 
 
 SCORERS = {kind.__name__.lower(): kind for kind in (Sensitivity, Platon, Magnitude, Movement, Random, Reconstruction)}

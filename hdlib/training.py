@@ -24,7 +24,7 @@ from .fading import fade
 from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms, Share
 from .masks import Masks, applied
-from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of, trainable
+from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of
 from .narrowing import choose, choose_layers, narrow
 from .precision import cast_once
 from .reconstruction import WINDOW, Compensation
@@ -79,7 +79,8 @@ class Training:
                 continue
             with no_progress_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
-            training = cls(teacher, target, held_out, config, trainable(student))
+            # A copy: how a product is rounded depends on the alignment in memory, which a file does not keep.
+            training = cls(teacher, target, held_out, config, student_of(student))
             training.step, training.seconds, training._leaving = state["step"], state["seconds"], state["leaving"]
             training._kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
             for name, part in training._parts().items():

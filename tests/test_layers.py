@@ -173,7 +173,7 @@ def test_kept_layers_are_recorded(faded, deep, tokenizer):
 def test_a_resumed_fade_equals_an_uninterrupted_one(deep, tokenizer, blocks, tmp_path):
     """Killed while a layer is faded; with narrower widths too, and scores that are kept for each parameter."""
     target = Widths(layers=2, ffn=30, hidden=16, heads=4)
-    config = DistillConfig(**FADING | {"target": target, "scorer": "platon"})
+    config = DistillConfig(**FADING | {"target": target, "scorer": "platon", "compensate": True})
 
     def kill(record):
         if record["step"] == 8:

@@ -1,6 +1,7 @@
 """Rotation of heads, the least-squares fold and the refit of norms: exactness, NumPy, runs."""
 
 import copy
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -135,17 +136,18 @@ def test_every_reader_against_numpy(kind):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "modernbert"])
 def test_the_score_of_reconstruction_is_the_error_of_a_fold(kind):
-    """Of each hidden neuron, predicted from all others by the regression of the folds, over all layers that read it."""
+    """Of each neuron, predicted from all others by the regression of the folds, over all layers that read it."""
     model = random_model(kind).eval()
     compensation = observed(model)
     scorer, sensitivity = hdlib.scorer("reconstruction", compensation=compensation), hdlib.scorer("sensitivity")
     model(rows(4)).logits.square().sum().backward()
     scorer.update(model), sensitivity.update(model)
     found, others = scorer.scores(), sensitivity.scores()
-    expected = torch.zeros(Widths.of(model).hidden, dtype=torch.float64)
+    expected = defaultdict(float)
     for name, (block, *_) in _Layers.of(model).readers.items():
-        if block.group != "hidden":
+        if not block.group.endswith(("hidden", "value_output")):
             continue
+        errors = []
         module = model.get_submodule(name)
         weight = module.weight if isinstance(module, Conv1D) else module.weight.T  # (D, out)
         mean, products = compensation._moments[compensation._source[name]].means()
@@ -156,10 +158,12 @@ def test_the_score_of_reconstruction_is_the_error_of_a_fold(kind):
             ridge = RIDGE_OF_FEW * size / covariance.diagonal()[rest].mean()  # in the units of the regression
             _, _, fit, _ = regression(mean, products, rest.nonzero()[:, 0], True, float(ridge))
             error = covariance[neuron, neuron] - fit[0] @ covariance[neuron, rest] + RIDGE_OF_FEW * size
-            expected[neuron] += weight[neuron].double().square().sum() * error
-    torch.testing.assert_close(found["hidden"].double(), expected, rtol=1e-5, atol=0)
-    assert found.keys() == others.keys()
-    assert all(torch.equal(found[name], others[name]) for name in found.keys() - {"hidden"})
+            errors.append(weight[neuron].double().square().sum() * error)
+        expected[block.group] += torch.stack(errors)
+    for group, errors in expected.items():
+        torch.testing.assert_close(found[group].double(), errors, rtol=1e-5, atol=0)
+    assert found.keys() == others.keys() and "hidden" in expected
+    assert all(torch.equal(found[name], others[name]) for name in found.keys() - expected.keys())
 
 
 @pytest.mark.parametrize("kind", [*SOME, *full(*(kind for kind in KINDS if kind not in SOME))])
