@@ -18,6 +18,7 @@ from .models import no_progress_bars
 from .sentences import write_pooling
 
 STATE, FILES = "training.pt", "files.json"
+EARLIER = "{} is a checkpoint of an earlier hdlib: resume it with that version, or name another folder"
 
 
 class BrokenCheckpoint(ValueError):
@@ -72,7 +73,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict:
         if found.get(name) != written:
             raise BrokenCheckpoint(f"{folder / name} is missing or damaged: found {found.get(name)}, not {written}")
     if STATE not in expected:
-        raise ValueError(f"{folder} is a checkpoint of hdlib 0.1: resume it with that version, or name another folder")
+        raise ValueError(EARLIER.format(folder))
     try:
         return torch.load(folder / STATE, map_location=device, weights_only=True)
     except UnpicklingError as error:

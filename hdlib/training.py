@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from .checkpoints import BrokenCheckpoint, load_state
+from .checkpoints import EARLIER, BrokenCheckpoint, load_state
 from .config import DistillConfig
 from .data import Blocks, micro_batches, on_device
 from .discrepancy import Measures, discrepancy
@@ -77,6 +77,8 @@ class Training:
             except BrokenCheckpoint as error:
                 tqdm.write(f"{error}: trying the checkpoint before it, or step 0 if there is none")
                 continue
+            if "leaving" not in state:
+                raise ValueError(EARLIER.format(folder))
             with no_progress_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
             # A copy: how a product is rounded depends on the alignment in memory, which a file does not keep.

@@ -225,13 +225,19 @@ def test_no_file_of_a_checkpoint_but_the_state_may_hold_pickles(cut):
             json.loads(path.read_text())
 
 
-def test_a_checkpoint_of_the_first_version_is_refused_and_its_run_left_as_it_is(run_in, cut, tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_run_left_as_it_is(first, run_in, cut, tmp_path):
     shutil.copytree(cut, tmp_path / "run")
     run = hdlib.Run.load(tmp_path / "run")
     newest, before = run.checkpoints()[-1], run.records()
-    (newest / STATE).rename(newest / "training.safetensors")
+    if first:
+        (newest / STATE).rename(newest / "training.safetensors")
+    else:
+        state = torch.load(newest / STATE)
+        del state["leaving"]
+        torch.save(state, newest / STATE)
     sign(newest)
-    with pytest.raises(ValueError, match=rf"{newest} is a checkpoint of hdlib 0\.1: resume it with that version"):
+    with pytest.raises(ValueError, match=rf"{newest} is a checkpoint of an earlier hdlib: resume it with that version"):
         run_in(tmp_path / "run", resume=True)
     assert run.records() == before
 
