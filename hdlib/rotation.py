@@ -149,4 +149,5 @@ def _root(products: Tensor) -> Tensor:
 
 
 def _bounded(values: Tensor) -> Tensor:
-    return values.clamp(min=1e-4 * values.max(-1, keepdim=True).values)
+    largest = values.max(-1, keepdim=True).values
+    return values.clamp(min=torch.where(largest > 0, 1e-4 * largest, 1.0))  # 0: a head without effect

@@ -54,6 +54,15 @@ def test_rotated_heads_change_no_logit(kind, tmp_path):
         close(type(model).from_pretrained(tmp_path)(input_ids).logits, model(input_ids).logits, 1e-5)
 
 
+def test_a_head_without_effect_is_rotated_too():
+    model, input_ids = random_bert().eval(), rows(4)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight[:, :6] = 0.0
+        expected = model(input_ids).logits
+        rotate_heads(model, [{"input_ids": input_ids}])
+        close(model(input_ids).logits, expected, 1e-5)
+
+
 def test_rotation_puts_the_work_of_a_head_into_few_dimensions():
     """Rotated queries and keys have the same diagonal products; so have values and their output matrix."""
     model = random_bert(layers=1).double()
