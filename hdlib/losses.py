@@ -423,11 +423,13 @@ class DistillationLoss(nn.Module):
 
         layers = kept[LAYERS].tolist()
         heads = torch.stack([kept[f"layer.{layer}.heads"] for layer in layers])  # (L, H)
-        states = [state - 1 for state in compared_states(layers, len(self.heads))[1:]]
-        self.heads = self.heads[layers].gather(1, heads.to(self.heads.device))
-        gone = [each for state, each in enumerate(self.hidden_projections) if state not in states]
-        forget_parameters(gone, optimizer)
-        self.hidden_projections = nn.ParameterList(self.hidden_projections[state] for state in states)
+        if len(layers) < len(self.heads):
+            states = [state - 1 for state in compared_states(layers, len(self.heads))[1:]]
+            gone = [each for state, each in enumerate(self.hidden_projections) if state not in states]
+            forget_parameters(gone, optimizer)
+            self.hidden_projections = nn.ParameterList(self.hidden_projections[state] for state in states)
+            self.heads = self.heads[layers]
+        self.heads = self.heads.gather(1, heads.to(self.heads.device))
         if "hidden" not in kept:  # a family whose hidden width is fixed
             return
         numbers = map(str, range(len(layers)))
