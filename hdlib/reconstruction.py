@@ -132,9 +132,9 @@ class Compensation:
     def errors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The squared error that removing one neuron alone leaves in what layers make of it, by group, (N,) each.
 
-        Of the residual stream and of the values of heads. After the fold it is |w_i|^2 / [C^-1]_ii, with the row w_i of
-        a layer's weight (D, out) and the covariance C of what it reads (optimal brain surgeon, Hassibi et al., 1993);
-        the sum over all layers that read the neuron.
+        Of the residual stream and of the values of heads. After the fold it is |w_i|^2 / [C^-1]_ii, summed over all
+        layers that read the neuron: w_i is the row of a layer's weight (D, out), C the covariance of what it reads
+        (optimal brain surgeon, Hassibi et al., 1993).
         """
         layers, errors = self._layers or _Layers.of(model), {}
         fits = _Fits(self._moments, self._source, layers.readers, {})
