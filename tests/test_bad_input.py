@@ -336,7 +336,7 @@ def test_an_optimizer_of_another_model(teacher):
         ({"hidden": -1.0}, "at least 0"),
         ({"attention_target": "logits"}, "'scores' or 'probs'"),
         ({"mask_probability": 0.0}, "mask_probability"),
-        ({"target": "small"}, "target is a fraction to keep, .* or Widths; got 'small'"),
+        ({"target": "small"}, "target is a fraction to keep, .* or Widths .*; got 'small'"),
         ({"warmup": 2.0}, "warmup"),
     ],
 )

@@ -104,19 +104,19 @@ def run(monkeypatch, *arguments) -> int | str:
 
 
 def test_a_grid_gives_a_table_and_a_figure(workshop, monkeypatch, capsys, tmp_path):
-    folder = workshop({"seeds": [1]})
+    folder = workshop({"grid": {}})
     (tmp_path / "kernels" / "python3").mkdir(parents=True)  # another kernel of that name, which does not start
     (tmp_path / "kernels" / "python3" / "kernel.json").write_text('{"argv": ["false"], "display_name": "other"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     assert run(monkeypatch, "toy", "--jobs", "2") == 0
-    names = {"arms=good,seeds=1", "arms=better,seeds=1"}
+    names = {"seeds=1", "seeds=2"}
     assert {path.name for path in (folder / "cells").iterdir()} == names
-    one = yaml.safe_load((folder / "cells" / "arms=good,seeds=1" / "parameters.yaml").read_text())
-    assert (one["arms"], one["seeds"], one["steps"], one["draw_only"]) == (["good"], [1], 3, False)
-    assert json.loads((folder / "cells" / "arms=good,seeds=1" / "result.json").read_text()) == {"trained": 1}
-    assert len(pd.read_csv(folder / "table.csv")) == 2 and (folder / "figure.png").exists()
+    one = yaml.safe_load((folder / "cells" / "seeds=2" / "parameters.yaml").read_text())
+    assert (one["arms"], one["seeds"], one["steps"], one["draw_only"]) == (["good", "better"], [2], 3, False)
+    assert json.loads((folder / "cells" / "seeds=2" / "result.json").read_text()) == {"trained": 2}
+    assert len(pd.read_csv(folder / "table.csv")) == 4 and (folder / "figure.png").exists()
     kept = json.loads((folder / "study.json").read_text())
-    assert kept["parameters"]["steps"] == 3 and len(kept["table"]) == 2
+    assert kept["parameters"]["steps"] == 3 and len(kept["table"]) == 4
     (answer,) = kept["answers"]
     assert answer["verdict"] == "exploratory" and answer["pairs"] == 2 and answer["difference"] == pytest.approx(1.0)
     assert "better is better: exploratory (kl +1.000 [+1.000, +1.000], seeds: 2)" in capsys.readouterr().out
