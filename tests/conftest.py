@@ -17,6 +17,7 @@ from transformers import BertForMaskedLM, BertTokenizerFast, PreTrainedTokenizer
 from transformers.utils import logging
 
 import hdlib
+from hdlib.lab.cost import flops
 
 from models import random_model
 
@@ -42,6 +43,16 @@ WORDS = ["a", "quick", "student", "teacher", "neuron", "layer", "width", "loss",
 def full(*cases) -> list:
     """Cases of a parametrised test that only the full set runs."""
     return [pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.full) for case in cases]
+
+
+COUNTED: dict[tuple[str, int], int] = {}
+
+
+def flops_once(config, length: int) -> int:
+    """The operations of a shape, counted by the first test that asks for them."""
+    key = config.to_json_string(), length
+    COUNTED[key] = COUNTED[key] if key in COUNTED else flops(config, length)
+    return COUNTED[key]
 
 
 def random_bert(positions=32, **shape) -> BertForMaskedLM:

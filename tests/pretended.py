@@ -95,7 +95,7 @@ def test_a_step_waits_for_the_device_once(kind, options, tmp_path, pretend_devic
     assert copied <= {"data.py", "models.py"}, "of the library only the batch; DeBERTa has constants of its own"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full(torch.float32)])
 def test_distill_leaves_the_teacher_as_it_was(dtype, teacher, tokenizer, blocks, tmp_path, pretend_device):  # noqa: F811
     """Device, dtype, mode, attention and requires_grad of the caller's teacher stay, though those of the run differ."""
     teacher = teacher.to(dtype).train()

@@ -12,7 +12,7 @@ from hdlib.data import Masking, NextToken, Sentences, labelled_once
 from hdlib.lab import Budget, budget, shapes
 from hdlib.narrowing import stock_model
 
-from conftest import full
+from conftest import flops_once, full
 from models import KINDS, random_encoder, random_model
 
 SOME = ("bert", "llama")
@@ -20,12 +20,13 @@ SOME = ("bert", "llama")
 
 @pytest.fixture(autouse=True)
 def quiet_clock(monkeypatch):
-    """Milliseconds in proportion to parameters."""
+    """Milliseconds in proportion to parameters; operations of a shape are counted once for all tests."""
 
     def latency(models, *_):
         return {name: model.num_parameters() / 100 for name, model in models.items()}
 
     monkeypatch.setattr(budget, "latency", latency)
+    monkeypatch.setattr(budget, "flops", flops_once)
 
 
 def blocks_for(kind: str, tokenizer):

@@ -22,7 +22,7 @@ from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
 from hdlib.lab.widgets.chooser import FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 
-from conftest import PAPERMILL, full
+from conftest import PAPERMILL, flops_once, full
 
 MODULE = sys.modules[Chooser.__module__]
 
@@ -67,19 +67,9 @@ def until(true, seconds=1200):
         time.sleep(0.1)
 
 
-COUNTED: dict[tuple[str, int], int] = {}  # operations of a shape, by the first test that shows it
-
-
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch):
-    flops = MODULE.flops
-
-    def remembered(config, length):
-        key = config.to_json_string(), length
-        COUNTED[key] = COUNTED[key] if key in COUNTED else flops(config, length)
-        return COUNTED[key]
-
-    monkeypatch.setattr(MODULE, "flops", remembered)
+    monkeypatch.setattr(MODULE, "flops", flops_once)
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def test_a_narrowed_student_runs_as_an_exported_program(family, tmp_path):
     assert hdlib.lab.export.to_program(student, tmp_path / "student.pt2") <= 1e-5
 
 
+@pytest.mark.full
 def test_a_narrowed_student_runs_as_onnx(tmp_path):
     student = random_model("bert", layers=1)
     hdlib.narrow(student, hdlib.Widths.at(student, 0.5))

@@ -344,6 +344,7 @@ def test_weights_depend_on_the_seed_alone(checkpoint, easy, tmp_path):
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("dense.weight"))
 
 
+@pytest.mark.full
 def test_a_regression_is_learned(checkpoint, easy, tmp_path):
     _, data = easy
     count = {

@@ -162,6 +162,7 @@ def test_a_failed_cell_is_reported_and_the_others_run(workshop, monkeypatch, cap
     assert pd.read_csv(folder / "table.csv")["arm"].tolist() == ["better"], "finished cells are gathered"
 
 
+@pytest.mark.full
 def test_a_cell_beyond_the_time_limit_is_stopped_with_its_kernel(workshop, monkeypatch, capsys, tmp_path):
     """The limit passes when the kernel runs."""
     folder, wait = workshop({"grid": {"arms": ["slow"]}, "seeds": [1]}, minutes=7), subprocess.Popen.wait

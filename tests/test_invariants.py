@@ -62,6 +62,7 @@ def test_random_shapes(tmp_path_factory, drawn):
     invariants.eight(model, widths, random_batch(size=4), tmp_path_factory.mktemp("student"))
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(drawn=models_and_widths())
 def test_mask_equals_narrow_down_to_one_neuron(drawn):
     _, model, widths = drawn

@@ -11,7 +11,7 @@ from hdlib.checkpoints import load_state
 from hdlib.data import sample
 from hdlib.models import forward
 
-from conftest import ARGUMENTS, random_batch
+from conftest import ARGUMENTS, full, random_batch
 from invariants import close, loss_for, sensitivities
 from models import KINDS, narrower, random_model
 from reference import Doubles
@@ -204,7 +204,9 @@ def test_a_run_with_a_global_quota_has_no_student(teacher, tokenizer, blocks, tm
     assert again.finished
 
 
-@pytest.mark.parametrize("options", [{"masked": True}, {"recover": True}, {"scorer": "platon"}, {"scorer": "movement"}])
+@pytest.mark.parametrize(
+    "options", [{"recover": True}, {"scorer": "platon"}, *full({"masked": True}, {"scorer": "movement"})]
+)
 def test_resumed_is_undisturbed(teacher, tokenizer, blocks, tmp_path, options):
     config = DistillConfig(**ARGUMENTS, **options)
     whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")

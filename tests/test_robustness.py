@@ -71,6 +71,7 @@ def test_gradient_checkpointing_works(model):
         torch.testing.assert_close(got.grad, expected.grad, msg=name)
 
 
+@pytest.mark.full
 def test_a_model_compiled_in_place_works(model):
     expected = logits(narrowed(copy.deepcopy(model)))
     model.compile(backend="eager")
