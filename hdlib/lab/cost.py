@@ -250,7 +250,8 @@ def _products(widths: Widths, wide: Widths) -> list[float]:
     hidden, ffn = widths.hidden / wide.hidden, widths.ffn / wide.ffn
     heads, depth = widths.heads * widths.head_dim / (wide.heads * wide.head_dim), widths.layers / wide.layers
     of_layers = [1.0, hidden, ffn, heads, hidden * ffn, hidden * heads, hidden * hidden]
-    return [1.0, hidden, hidden * hidden, *(depth * each for each in of_layers)]
+    biases = widths.heads / wide.heads  # of relative positions, in MPNet one for each head
+    return [1.0, hidden, hidden * hidden, biases, *(depth * each for each in of_layers)]
 
 
 def _forward(teacher: PreTrainedModel, widths: Widths, length: int, loss_positions: int) -> float:
