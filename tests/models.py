@@ -129,6 +129,8 @@ KINDS = {
         **_GEMMA,
     ),
 }
+PLAIN = [name for name in KINDS if "," not in name and "untied" not in name]  # the others are variants of these
+VARIANTS = [name for name in KINDS if name not in PLAIN]
 
 
 def random_model(

@@ -18,7 +18,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
@@ -33,6 +32,21 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default}
 PRODUCTS |= {aten.baddbmm.default, aten.scaled_dot_product_attention.default}  # in autocast's dtype
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+
+
+def tree_map(function, value):
+    """Like that of torch, five times as fast, for the arguments and results of operations."""
+    if isinstance(value, list | tuple):
+        return type(value)([tree_map(function, each) for each in value])
+    if isinstance(value, dict):
+        return {name: tree_map(function, each) for name, each in value.items()}
+    return function(value)
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    leaves = []
+    tree_map(leaves.append, value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 OTHERS = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
@@ -90,7 +104,7 @@ class PretendDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
-        tensors = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of((arguments, options))
         shadows = [tensor for tensor in tensors if isinstance(tensor, Shadow)]
         target = options.get("device")
         wrap = bool(shadows) if target is None else torch.device(target).type == "shadow"
@@ -101,7 +115,7 @@ class PretendDevice(TorchDispatchMode):
             options = options | {"device": torch.device("cpu")}
         with _disable_current_modes(), torch.no_grad():
             out = function(*tree_map(_inside, arguments), **tree_map(_inside, options))
-        if wrap and any(leaf.dtype == torch.float64 for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+        if wrap and any(tensor.dtype == torch.float64 for tensor in tensors_of(out)):
             self.doubles[_place()] += 1
         wrappers = {id(tensor.inner): tensor for tensor in shadows}  # what was changed in place is the same tensor
         given = {id(tensor) for tensor in tensors}

@@ -12,9 +12,9 @@ from hdlib.data import NextToken, sample
 from hdlib.losses import attention_loss, pairs_that_count, prediction_loss
 from hdlib.models import forward
 
-from conftest import ARGUMENTS, random_batch
+from conftest import ARGUMENTS, full, random_batch
 from invariants import loss_for
-from models import KINDS, random_model
+from models import KINDS, PLAIN, VARIANTS, random_model
 from test_loop import weights
 
 
@@ -111,7 +111,7 @@ def test_pairs_outside_a_mask_have_no_effect():
     assert torch.isfinite(student.grad).all() and (student.grad[..., ~past[0, 0]] == 0).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*PLAIN, *full(*VARIANTS)])
 def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, blocks, causal_blocks, tmp_path):
     """Save a teacher, load it, distil and narrow it, kill and resume the run, load the student."""
     its_tokenizer, text = (causal_tokenizer, causal_blocks) if KINDS[name].causal else (tokenizer, blocks)

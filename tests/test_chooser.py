@@ -245,7 +245,14 @@ def test_the_text_fallback_holds_the_choice_and_its_sizes(widget):
 
 
 def small_run(widget, tmp_path, text_file, **values):
-    small = {"batch_size": 2, "length": 16, "precision": "float32", "prune_every": 2, "corpus": str(text_file)}
+    small = {
+        "batch_size": 2,
+        "eval_blocks": 8,
+        "length": 16,
+        "precision": "float32",
+        "prune_every": 2,
+        "corpus": str(text_file),
+    }
     return choose(widget, **small | {"run_dir": str(tmp_path / "new" / "small")} | values)
 
 

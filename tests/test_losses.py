@@ -14,9 +14,9 @@ from hdlib.lab.cost import peak_memory
 from hdlib.losses import QueryKey, attention_loss, mlm_loss, pairs_that_count, prediction_loss, state_loss
 from hdlib.models import forward
 
-from conftest import random_batch, random_bert
+from conftest import full, random_batch, random_bert
 from invariants import close, loss_for
-from models import KINDS, random_model
+from models import PLAIN, VARIANTS, random_model
 
 
 def softmax(logits):
@@ -219,7 +219,7 @@ def test_prediction_at_all_positions():
     torch.testing.assert_close(terms.mlm, mlm_loss(student_outputs.logits[labels != -100], labels[labels != -100]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*PLAIN, *full(*VARIANTS)])
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_logits_in_pieces_change_no_number(kind, positions, monkeypatch):
     """Four positions at a time, in every family, with the backward pass; one piece has no label."""

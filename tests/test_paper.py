@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+import hdlib.lab.cost
 from experiments import cost
 from hdlib import Widths
 from hdlib.__main__ import read
@@ -48,6 +49,7 @@ def test_the_command_prints_hours_and_money(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(text)
     arguments = ["cost", str(tmp_path / "config.yaml"), "--processes", "2", "--price", "9", "--teraflops", "1e-6"]
     monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(hdlib.lab.cost, "STEPS", 12)
     cost.main()
     output = capsys.readouterr().out
     assert re.search(r"hours on 2 x CPU, \d threads, [\d.,]+ in total, [\d,]+ tokens a second", output)

@@ -87,8 +87,8 @@ def notebooks(paths: list[Path]) -> list:
 
 
 SMALLER = {  # than their defaults
-    "00_quickstart": {"steps": 12, "batch_size": 4, "settings": {"eval_every": 6, "eval_blocks": 16}},
-    "04_homodistil": {"steps": 15, "batch_size": 4, "eval_blocks": 8},
+    "00_quickstart": {"steps": 8, "batch_size": 4, "settings": {"eval_every": 4, "eval_blocks": 16}},
+    "04_homodistil": {"steps": 12, "batch_size": 2, "eval_blocks": 4},
 }
 
 
