@@ -124,7 +124,7 @@ def narrow(corpus: str, adapted: Path, out: Path, steps: int, resume: bool) -> N
     """Narrow the adapted model to 6 x 180 while distilling it."""
     teacher, tokenizer = hdlib.load_teacher(adapted)
     train, validation = mixture(corpus, tokenizer)
-    config = hdlib.DistillConfig(
+    config = hdlib.DistillConfig.paper(
         steps=steps,
         batch_size=16,
         target=hdlib.Widths(hidden=180, ffn=720),

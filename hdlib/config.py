@@ -1,5 +1,7 @@
 """All settings of a run in one frozen object, checked at construction."""
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -42,12 +44,12 @@ class DistillConfig:
     prune_start: float = option(0.05, "t_i as a fraction of the steps")
     prune_end: float = option(0.70, "t_f as a fraction of the steps")
     prune_every: int = option(10, "steps between two prunes", least=1)
-    scorer: str = option("sensitivity", "importance: sensitivity, platon, magnitude, movement, random, reconstruction")
+    scorer: str = option("reconstruction", "importance, by one of hdlib.scorers.SCORERS")
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
     masked: bool = option(False, "mask neurons during training and remove them at the end (the dense baseline)")
     recover: bool = option(False, "masked neurons may return until t_f; implies masks")
-    rotate: bool = option(False, "rotate heads before the first step, so that few dimensions carry most of them")
-    compensate: bool = option(False, "fold what a prune removes into the weights that stay, by least squares")
+    rotate: bool = option(True, "rotate heads before the first step, so that few dimensions carry most of them")
+    compensate: bool = option(True, "fold what a prune removes into the weights that stay, by least squares")
     scope: str = option("local", "local: the same quota in every layer; global: one ranking of all layers, with masks")
 
     # Loss
@@ -79,6 +81,11 @@ class DistillConfig:
     checkpoint_every: int = option(100, "steps between two checkpoints", least=1)
     keep_last: int = option(2, "number of checkpoints to keep", least=1)
 
+    @classmethod
+    def paper(cls, **changes) -> DistillConfig:
+        """The published recipe, with changes: prunes that are slices, by sensitivity. Masks need it."""
+        return cls(**PAPER | changes)
+
     def __post_init__(self):
         if isinstance(self.target, dict):
             names = [width.name for width in fields(Widths)]
@@ -103,9 +110,10 @@ class DistillConfig:
             wide = "masked, recover and scope='global' mask a copy of the teacher; take initial='teacher'"
             raise ValueError(f"initial='random' starts at the target shape, but {wide}")
         if self.under_masks and self.compensate:
-            raise ValueError("compensate=True changes weights for good: use masked=False, recover=False, scope='local'")
+            masks = "masked, recover and scope='global' keep every weight, which compensate=True changes for good"
+            raise ValueError(f"{masks}: start from DistillConfig.paper(...), or set {_listed(PAPER)}")
         if self.scorer == "reconstruction" and not self.compensate:
-            raise ValueError("scorer='reconstruction' ranks by the error after a fold: set compensate=True")
+            raise ValueError("scorer='reconstruction' ranks by the error after a fold: set compensate=True or scorer")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
 
     def check(self, teacher: PreTrainedModel, tokenizer, train, validation, processes: int = 1) -> Widths:
@@ -276,6 +284,11 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+PAPER = {"scorer": "sensitivity", "rotate": False, "compensate": False}  # where the paper differs from the defaults
 ENCODER_TERMS = ("prediction", "hidden", "attention", "embedding", "similarity")
 LARGEST = 10**12  # larger integers overflow somewhere in a run
 MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")  # on resuming: they do not change the numbers

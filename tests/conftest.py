@@ -17,6 +17,7 @@ from transformers import BertForMaskedLM, BertTokenizerFast, PreTrainedTokenizer
 from transformers.utils import logging
 
 import hdlib
+from hdlib.config import PAPER
 from hdlib.lab.cost import flops
 
 from models import random_model
@@ -113,7 +114,7 @@ def teacher(tokenizer):
 
 
 PAPERMILL = {"progress_bar": False, "start_timeout": 600}  # a kernel starts slowly on a busy machine
-ARGUMENTS = {
+ARGUMENTS = PAPER | {
     "steps": 24,
     "batch_size": 8,
     "target": 0.5,

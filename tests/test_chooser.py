@@ -18,6 +18,7 @@ import yaml
 import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.__main__ import PLACES, read
+from hdlib.config import PAPER
 from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
 from hdlib.lab.widgets.chooser import FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
@@ -38,7 +39,7 @@ CHOICES = {
     },
     "a shape": {"target": Widths(hidden=96, ffn=500), "prune_every": 3, "prune_start": 0.1, "prune_end": 0.5},
     "whole heads": {"target": Widths(hidden=120, heads=8, head_dim=15), "batch_size": 7, "micro_batch_size": 2},
-    "under masks": {"masked": True, "scorer": "magnitude", "precision": "float32", "eval_every": 7},
+    "under masks": PAPER | {"masked": True, "scorer": "magnitude", "precision": "float32", "eval_every": 7},
     "from scratch": {"initial": "random", "schedule": "one_shot", "learning_rate": 1e-6},
 }
 SOME = {"a shape", "whole heads"}  # in the default set
@@ -247,7 +248,6 @@ def test_the_text_fallback_holds_the_choice_and_its_sizes(widget):
 def small_run(widget, tmp_path, text_file, **values):
     small = {
         "batch_size": 2,
-        "eval_blocks": 8,
         "length": 16,
         "precision": "float32",
         "prune_every": 2,

@@ -15,6 +15,7 @@ from transformers import BertConfig
 
 import hdlib
 from hdlib import DistillConfig, Widths
+from hdlib.config import PAPER
 from hdlib.lab import cost
 from hdlib.lab.cost import course, project
 from hdlib.models import check_vocabulary
@@ -107,7 +108,7 @@ def test_flops_of_a_family_whose_forward_reads_values():
     assert cost.flops(config, 16) > 2 * 16 * cost.encoder_parameters(config) * 0.5
 
 
-SMALL = {"steps": 100, "batch_size": 8, "micro_batch_size": 2, "target": 0.5, "precision": "float32"}
+SMALL = PAPER | {"steps": 100, "batch_size": 8, "micro_batch_size": 2, "target": 0.5, "precision": "float32"}
 
 
 def test_models_on_different_devices_are_not_compared():

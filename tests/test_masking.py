@@ -208,7 +208,7 @@ def test_a_run_with_a_global_quota_has_no_student(teacher, tokenizer, blocks, tm
     "options", [{"recover": True}, {"scorer": "platon"}, *full({"masked": True}, {"scorer": "movement"})]
 )
 def test_resumed_is_undisturbed(teacher, tokenizer, blocks, tmp_path, options):
-    config = DistillConfig(**ARGUMENTS, **options)
+    config = DistillConfig(**ARGUMENTS | options)
     whole = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path / "whole")
 
     def kill(record):

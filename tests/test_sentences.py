@@ -21,7 +21,7 @@ from transformers import AutoModel
 import hdlib
 import hdlib.__main__
 from hdlib import DistillationLoss, DistillConfig, Pooling, Widths
-from hdlib.config import ENCODER_TERMS
+from hdlib.config import ENCODER_TERMS, PAPER
 from hdlib.data import Sentences, TrainingBatches, micro_batches, sample
 from hdlib.discrepancy import embedding_measures
 from hdlib.downstream import load_pairs, retrieval, sts
@@ -41,7 +41,7 @@ from reference import Doubles, without_layers, zeroed
 ENCODERS = [name for name, kind in KINDS.items() if not kind.causal] + ["qwen3", "gpt2"]
 FEW = ("bert", "mpnet", "distilbert", "modernbert", "deberta-v3", "qwen3")
 ARGUMENTS = {"steps": 12, "batch_size": 4, "target": 0.5, "prune_every": 2, "eval_every": 6, "eval_blocks": 12}
-ARGUMENTS |= {"checkpoint_every": 5, "learning_rate": 3e-3, "precision": "float32"}
+ARGUMENTS |= PAPER | {"checkpoint_every": 5, "learning_rate": 3e-3, "precision": "float32"}
 
 
 def padded(vocabulary=60, lengths=(9, 4, 12, 7)) -> dict[str, torch.Tensor]:

@@ -50,11 +50,9 @@ def test_what_yaml_reads_otherwise_than_written(line, words, tmp_path):
 
 
 def test_what_yaml_reads_as_written(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        "run_dir: run\nsteps: 1_000\neps: 2.0e-3\nmasked: yes\nseed: 0\nwarmup: 0.5\n"
-    )
+    (tmp_path / "config.yaml").write_text("run_dir: run\nsteps: 1_000\neps: 2.0e-3\nrotate: no\nseed: 0\nwarmup: 0.5\n")
     _, config = command.read(tmp_path / "config.yaml")
-    assert (config.steps, config.eps, config.masked, config.seed, config.warmup) == (1000, 2e-3, True, 0, 0.5)
+    assert (config.steps, config.eps, config.rotate, config.seed, config.warmup) == (1000, 2e-3, False, 0, 0.5)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

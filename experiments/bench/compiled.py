@@ -13,7 +13,7 @@ from .turns import in_turns, timed
 from .work import Setting, Work
 
 RATIOS = (1.0, 0.5, 0.29)
-RUN = hdlib.DistillConfig(steps=1000, target=0.29)
+RUN = hdlib.DistillConfig.paper(steps=1000, target=0.29)
 
 
 def measure(setting: Setting) -> pd.DataFrame:

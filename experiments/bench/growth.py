@@ -120,7 +120,7 @@ def _followed(steps: int, precision: str) -> list[float]:
     teacher, tokenizer = hdlib.load_teacher()
     train, validation = hdlib.load_corpus("embedded", tokenizer, 32)
     narrowing = {"target": 0.3, "prune_every": 1, "prune_end": 0.5}
-    config = hdlib.DistillConfig(
+    config = hdlib.DistillConfig.paper(
         steps=steps, batch_size=8, checkpoint_every=steps, eval_every=steps, precision=precision, **narrowing
     )
     held = []

@@ -42,7 +42,7 @@ ARMS = {"narrowing": False, "under masks": True}
 
 
 def _distilled(setting: Setting, masked: bool, folder: Path) -> Callable[[Callable[[dict], None]], hdlib.Run]:
-    config = hdlib.DistillConfig(
+    config = hdlib.DistillConfig.paper(
         steps=STEPS,
         batch_size=setting.batch_size,
         target=TARGET,

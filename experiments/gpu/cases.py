@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import hdlib
+from hdlib.config import PAPER
 from hdlib.data import Blocks, Masking, NextToken, labelled_once
 from hdlib.lab.cost import placeholder_tokenizer
 from hdlib.losses import TERMS
@@ -38,7 +39,7 @@ from .part import Part
 TOLERANCE = {"float32": (2e-4, 1e-5), "bfloat16": (1e-2, 5e-3)}
 KEPT_ALIKE = {"float32": 0.95, "bfloat16": 0.9}  # share of the kept neurons that both kept, at least
 VOCABULARY, LENGTH, BLOCKS = 96, 16, 64
-CONFIG = {
+CONFIG = PAPER | {
     "batch_size": 8,
     "target": 0.5,
     "prune_every": 2,

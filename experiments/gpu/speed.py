@@ -98,7 +98,7 @@ def _loop(setting: Setting, widths: hdlib.Widths, steps: int, card: dict) -> dic
     operations are those of both forwards and the backward.
     """
     teacher = setting.teacher()
-    config = hdlib.DistillConfig(
+    config = hdlib.DistillConfig.paper(
         steps=steps,
         batch_size=setting.batch_size,
         target=widths,
@@ -165,7 +165,7 @@ def _paper(path: Path, setting: Setting) -> dict:
     """One of the paper's runs, whole, on one card like this one."""
     values = yaml.safe_load(path.read_text())
     names = {field.name for field in fields(hdlib.DistillConfig)}
-    config = hdlib.DistillConfig(**{name: value for name, value in values.items() if name in names})
+    config = hdlib.DistillConfig.paper(**{name: value for name, value in values.items() if name in names})
     config = replace(config, micro_batch_size=setting.batch_size)
     if setting.shape == "tiny":
         teacher, length = setting.teacher(), setting.length

@@ -49,7 +49,7 @@ def run(part: Part) -> None:
             if part.seconds_left < longest:
                 part.not_reached.append(f"{name}, seed {seed}")
                 continue
-            config = hdlib.DistillConfig(**options | arm | {"seed": seed, "checkpoint_every": options["steps"]})
+            config = hdlib.DistillConfig.paper(**options | arm | {"seed": seed, "checkpoint_every": options["steps"]})
             distilled = partial(_distilled, part, (teacher, tokenizer, train, held_out), config)
             part.item(f"{name}, seed {seed}", distilled)
             longest = max(longest, part.items.get(f"{name}, seed {seed}", {}).get("seconds", 0.0))

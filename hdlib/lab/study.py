@@ -52,7 +52,8 @@ class Study:
     ) -> Study:
         """Load teacher and corpus, with blocks of `length` tokens, and build the config from `fields`.
 
-        `eval_every` defaults to a tenth of `steps`. Names are as for `hdlib.load_teacher` and `hdlib.load_corpus`.
+        The other fields are those of `DistillConfig.paper`; `eval_every` defaults to a tenth of `steps`. Names are as
+        for `hdlib.load_teacher` and `hdlib.load_corpus`.
         """
         from ..text.corpus import load_corpus  # imports datasets, which nothing else here needs
         from ..text.sentences import load_sentences
@@ -62,7 +63,7 @@ class Study:
             train, validation = load_sentences(corpus, tokenizer, length)
         else:
             train, validation = load_corpus(corpus, tokenizer, length, causal=family(model).causal)
-        config = DistillConfig(**{"eval_every": max(1, fields["steps"] // 10)} | fields)
+        config = DistillConfig.paper(**{"eval_every": max(1, fields["steps"] // 10)} | fields)
         return cls(model, tokenizer, train, validation, config, folder, draw_only)
 
     def distill(self, arms: Mapping[str, dict], seeds: Iterable[int]) -> dict[str, list[Run]]:

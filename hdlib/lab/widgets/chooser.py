@@ -36,7 +36,7 @@ OPTIONS = CHOICES | {"target is": (FRACTION, SHAPE)}
 GROUPS = {  # heading: controls, by the names in PLACES and in DistillConfig
     "Places": ("teacher", "corpus", "length", "run_dir"),
     "Shape": ("target", "multiple_of", "initial"),
-    "Narrowing": ("schedule", "prune_start", "prune_end", "prune_every", "scorer", "masked"),
+    "Narrowing": ("schedule", "prune_start", "prune_end", "prune_every", "scorer", "rotate", "compensate", "masked"),
     "Training": ("steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "seed", "eval_every"),
 }
 PLACES = {
