@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -293,17 +293,13 @@ def recording(*models: PreTrainedModel) -> Iterator[None]:
     SDPA returns no attentions, and eager attention would store probabilities (B, H, S, S). The registered function
     runs SDPA and returns queries and keys. The few families without SDPA run eagerly: `forward` records their scores.
     """
-    changed = []
-    for model in models:
-        before, recorder = model.config._attn_implementation, RECORDING if model._supports_sdpa else "eager"
-        if before != recorder:
-            changed.append((model, before))
-            model.set_attn_implementation(recorder)
-    try:
+    with ExitStack() as stack:
+        for model in models:
+            before, recorder = model.config._attn_implementation, RECORDING if model._supports_sdpa else "eager"
+            if before != recorder:
+                stack.callback(model.set_attn_implementation, before)
+                model.set_attn_implementation(recorder)
         yield
-    finally:
-        for model, before in changed:
-            model.set_attn_implementation(before)
 
 
 @dataclass

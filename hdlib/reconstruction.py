@@ -11,7 +11,7 @@ Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -80,26 +80,19 @@ class Compensation:
     def recording(self, model: PreTrainedModel, attention_mask: Tensor | None = None) -> Iterator[None]:
         """Add the moments of a forward pass, without padding where the mask (B, S) is 0."""
         layers = self._layers = self._layers or _Layers.of(model)
-        hooks = [base_model(model).register_forward_hook(self._after_base)] if layers.hidden else []
-        for name in (*layers.readers, *layers.tied):
-            before = partial(self._before, name)
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(before))
-        for name in layers.norms:
-            hooks.append(model.get_submodule(name).register_forward_hook(partial(self._after, name)))
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self._read.clear)
+            if layers.hidden:
+                hooks.enter_context(base_model(model).register_forward_hook(self._after_base))
+            for name in (*layers.readers, *layers.tied, *layers.norms):
+                after = partial(self._after, name, name in layers.norms)
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(after))
             yield
-        finally:
-            read, self._read = self._read, {}
-            for hook in hooks:
-                hook.remove()
-        base = base_name(model)
-        self._sum(read, f"{base}." if base else "", attention_mask)
+            base = base_name(model)
+            self._sum(self._read, f"{base}." if base else "", attention_mask)
 
-    def _before(self, name: str, _module, inputs: tuple[Tensor, ...]) -> None:
-        self._read.setdefault(name, []).append(inputs[0])
-
-    def _after(self, name: str, _module, _inputs, states: Tensor) -> None:
-        self._read.setdefault(name, []).append(states)
+    def _after(self, name: str, is_norm: bool, _module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._read.setdefault(name, []).append(output if is_norm else inputs[0])
 
     def _after_base(self, _base, _inputs, outputs) -> None:
         if outputs.hidden_states is not None:  # not the call of the head, which has given states
