@@ -170,7 +170,7 @@ def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
     def ask():
         return try_to_load_from_cache(source, "config.json") or HfApi().model_info(source, timeout=hub_timeout())
 
-    check_reachable(source, False, ask, "model")
+    check_reachable(source, ask, "model")
     if exists(source):
         _check_folder(Path(source))
     try:
@@ -194,13 +194,13 @@ def hub_timeout() -> int:
     return max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: str) -> None:
+def check_reachable(source: str, ask: Callable[[], object], what: str) -> None:
     """Raise FileNotFoundError for a path that does not exist, or a hub name that cannot be reached.
 
-    `cached` is True if the hub's files are on this machine; otherwise `ask` requests them and raises if that fails.
-    `what`, "model" or "data set", is for the message.
+    `ask` raises unless the hub's files are on this machine or the hub answers; `what`, "model" or "data set", is for
+    the message.
     """
-    if exists(source) or cached:
+    if exists(source):
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no file or folder {source}")

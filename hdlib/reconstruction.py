@@ -29,6 +29,7 @@ from .narrowing import kept_indices, sites_of
 from .precision import doubled
 from .widths import LAYERS, Axis, Block, axes_of, compared_states, new_numbers, renumbered, width_groups
 
+DECAY = 0.9  # weight of the past moments at each step
 WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
@@ -60,21 +61,16 @@ class Moments(NamedTuple):
 
 
 class Compensation:
-    """Running moments of what the layers of a student read, and the weights that make its next prune cheap.
+    """Running moments of what the layers of a student read, and the weights that make its next prune cheap."""
 
-    Args:
-        decay: weight of the past at each step.
-    """
-
-    def __init__(self, decay: float = 0.9):
-        self.decay = decay
+    def __init__(self):
         self._moments: dict[str, Moments] = {}
         self._source: dict[str, str] = {}  # layer to the name of its moments: layers that read the same share them
         self._read: dict[str, list[Tensor]] = {}  # in this forward pass
         self._layers: _Layers | None = None  # of the student between two prunes
 
     def start_step(self) -> None:
-        self._moments = {name: Moments(*(self.decay * each for each in sums)) for name, sums in self._moments.items()}
+        self._moments = {name: Moments(*(DECAY * each for each in sums)) for name, sums in self._moments.items()}
 
     @contextmanager
     def recording(self, model: PreTrainedModel, attention_mask: Tensor | None = None) -> Iterator[None]:

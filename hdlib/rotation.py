@@ -107,9 +107,8 @@ def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: in
             forward(model, input_ids, torch.zeros_like(input_ids, dtype=torch.bool), mask)
     means: dict[str, dict[str, Tensor]] = {}
     for (group, role), (tokens, total, products) in read.items():
-        mean = 0.0 if role == "query" else total / tokens  # a constant over keys has no effect
-        centred = products / tokens - (mean[..., None] * mean[:, None] if role != "query" else 0.0)
-        means.setdefault(group, {})[role] = centred
+        centre = total / tokens * (role != "query")  # a constant over keys has no effect
+        means.setdefault(group, {})[role] = products / tokens - centre[..., None] * centre[:, None]
     return means
 
 

@@ -39,23 +39,16 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _max(states: Tensor, mask: Tensor) -> Tensor:
-    return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-
-
-def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return _at(states, mask.int().argmax(1))
-
-
-def _last(states: Tensor, mask: Tensor) -> Tensor:
-    return _at(states, mask.shape[1] - 1 - mask.int().flip(1).argmax(1))
-
-
 def _at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
 
-MODES: dict[str, Callable] = {"cls": _first, "max": _max, "mean": _mean, "lasttoken": _last}
+MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of states (B, S, D) and mask (B, S) to (B, D)
+    "cls": lambda states, mask: _at(states, mask.int().argmax(1)),
+    "max": lambda states, mask: states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1),
+    "mean": _mean,
+    "lasttoken": lambda states, mask: _at(states, mask.shape[1] - 1 - mask.int().flip(1).argmax(1)),
+}
 
 
 class Dense(NamedTuple):
@@ -225,11 +218,8 @@ def _modes(source: str, path: str) -> tuple[str, ...]:
 def _dense(source: str, path: str) -> Dense:
     config = _json(source, f"{path}/config.json") or {}
     activation = config.get("activation_function", "torch.nn.Tanh").rpartition(".")[2]
-    others = {
-        "use_residual": False,
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    }
+    others = {"use_residual": False}
+    others |= dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
     changed = [name for name, usual in others.items() if (config.get(name) or usual) != usual]
     if activation not in ACTIVATIONS or changed:
         setting = changed[0] if changed else f"the activation {config['activation_function']}"
