@@ -137,7 +137,8 @@ def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
     measures = {"cosine_distance": float((student - teacher).square().sum(-1).mean() / 2)} if alike else {}
     pairs = torch.ones(len(teacher), len(teacher), dtype=torch.bool, device=teacher.device).triu(1)
     if len(teacher) > 2:
-        ranks = [_ranks((each @ each.T)[pairs]) for each in (student, teacher)]
+        values = [(each @ each.T)[pairs] for each in (student, teacher)]
+        ranks = [each.argsort(stable=True).argsort().to(each) for each in values]  # equal ones in their order
         measures["rank_correlation"] = float(torch.corrcoef(torch.stack(ranks))[0, 1])
     if alike and len(teacher) > 1:
         itself = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
@@ -145,11 +146,6 @@ def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
         found, wanted = (each.topk(min(NEAREST, len(teacher) - 1)).indices for each in scores)
         measures["recall"] = float((found[:, :, None] == wanted[:, None]).any(1).double().mean())
     return measures
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """The rank of each value, equal ones in their order."""
-    return torch.empty_like(values).index_copy_(0, values.argsort(stable=True), torch.arange(len(values)).to(values))
 
 
 def _sums_of_blocks(of_tokens: Tensor, loss_positions: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
 from .narrowing import stock_model
@@ -302,13 +302,12 @@ def recording(*models: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-@dataclass
-class SentenceOutput(ModelOutput):
+class SentenceOutput(NamedTuple):
     """What the loss compares of a sentence encoder."""
 
-    embeddings: Tensor | None = None  # (B, E), of length 1
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, D)
-    attentions: tuple | None = None  # L of QueryKey or Scores
+    embeddings: Tensor  # (B, E), of length 1
+    hidden_states: tuple[Tensor, ...]  # L + 1 of (B, S, D)
+    attentions: tuple  # L of QueryKey or Scores
 
 
 def forward(
@@ -319,7 +318,7 @@ def forward(
     *,
     layers: list[int] | None = None,
     in_pieces: bool = False,
-) -> MaskedLMOutput:
+) -> MaskedLMOutput | SentenceOutput:
     """Run a model and return everything that `DistillationLoss` compares.
 
     Args:
