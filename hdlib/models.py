@@ -245,13 +245,11 @@ def check_length(length: int, model: PreTrainedModel) -> None:
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Hide the progress bars of Transformers while small models are read or written."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with ExitStack() as stack:
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def frozen_copy(teacher: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

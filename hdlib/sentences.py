@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import exists
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .data import Sentences
 from .losses import at_least_float32, in_teacher_space
@@ -258,13 +256,11 @@ def write_pooling(folder: Path, model: PreTrainedModel, pooling: Pooling, longes
         save_file(tensors, folder / path / "model.safetensors")
 
 
-def _file(source: str, name: str) -> Path | None:
+def _file(source: str, name: str) -> str | None:
     """A file of a local folder or of a model on the hub; None if there is none."""
-    if exists(source):
-        return path if (path := Path(source) / name).is_file() else None
     try:
-        return Path(hf_hub_download(source, name))
-    except (EntryNotFoundError, OSError):
+        return cached_file(source, name)
+    except OSError:
         return None
 
 
@@ -272,7 +268,7 @@ def _json(source: str, name: str):
     if (file := _file(source, name)) is None:
         return None
     try:
-        return json.loads(file.read_text())
+        return json.loads(Path(file).read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged and cannot be read: {error}") from error
 
