@@ -69,17 +69,13 @@ def _members_of_heads(model: PreTrainedModel) -> dict[str, list[_Part]]:
     """The parts of each group of query/key and of value/output dimensions."""
     parts: dict[str, list[_Part]] = {}
     for name, axes in axes_of(model).items():
-        module = name.rpartition(".")[0]
+        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
+        read = input_axis(model.get_submodule(module)) if parameter.dim() > 1 else None
         for axis, blocks in enumerate(axes):
             for block in blocks or ():
-                if block.group.endswith((QUERY_KEY, VALUE)):
-                    is_input = name.endswith("weight") and axis == input_axis(model.get_submodule(module))
-                    if block.group.endswith(QUERY_KEY):
-                        role = "query" if block.scaled else "key"
-                    else:
-                        role = "output" if is_input else "value"
-                    part = _Part(module, model.get_parameter(name), axis, block, role)
-                    parts.setdefault(block.group, []).append(part)
+                roles = {QUERY_KEY: "query" if block.scaled else "key", VALUE: "output" if axis == read else "value"}
+                if role := roles.get(block.group.rpartition(".")[2]):
+                    parts.setdefault(block.group, []).append(_Part(module, parameter, axis, block, role))
     return parts
 
 
