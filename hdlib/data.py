@@ -208,6 +208,12 @@ def _size(lengths: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(lengths).sum(), lengths.sum(), lengths.square().sum()])
 
 
+def on_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on a device; a GPU copies them from pinned memory, without a host synchronisation."""
+    pins = device.type == "cuda"
+    return [(each.pin_memory() if pins else each).to(device, non_blocking=pins) for each in tensors]
+
+
 def batches(blocks, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
     """Blocks in their order as batches of (B, S) tensors; the last batch may be smaller."""
     blocks = as_blocks(blocks)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from .checkpoints import EARLIER, BrokenCheckpoint, load_state
 from .config import DistillConfig
-from .data import Blocks, micro_batches
+from .data import Blocks, micro_batches, on_device
 from .discrepancy import Measures, discrepancy
 from .fading import fade
 from .families import HIDDEN
@@ -164,9 +164,7 @@ class Training:
         device = self.teacher.device
         if "labels" in tensors:
             tensors = tensors | {"loss_positions": self.loss.loss_positions(tensors["labels"])}
-        pins = device.type == "cuda"  # from pinned memory, a GPU copies without a host synchronisation
-        for name, each in tensors.items():
-            tensors = tensors | {name: (each.pin_memory() if pins else each).to(device, non_blocking=pins)}
+        tensors = dict(zip(tensors, on_device(device, *tensors.values()), strict=True))
         mask, positions = tensors.get("attention_mask"), tensors.get("loss_positions")
         read = {"input_ids": tensors["input_ids"], "positions": positions, "attention_mask": mask, "in_pieces": True}
         part |= {"attention_mask": mask, "loss_positions": positions}
