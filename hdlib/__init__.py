@@ -36,7 +36,6 @@ _MOVED = {  # names of hdlib 0.1, beside those in dir(hdlib.lab)
     "LossTerms": "hdlib.losses.LossTerms",
     "WidthGroup": "hdlib.widths.WidthGroup",
     "arms": "hdlib.lab.study",
-    "guesses": "hdlib.lab.guesses",
     "loop": "hdlib.distill",
     "masking": "hdlib.masks",
     "plot_coupling": "a cell of notebooks/03_narrowing.ipynb",
@@ -47,9 +46,7 @@ _MOVED = {  # names of hdlib 0.1, beside those in dir(hdlib.lab)
     "plot_prunes": "a cell of notebooks/11_prediction_discrepancy.ipynb",
     "plot_scores": "a cell of notebooks/20_finetune.ipynb",
     "plot_speed_up": "a cell of notebooks/21_cost.ipynb",
-    "plots": "hdlib.lab.plots",
     "projection": "hdlib.lab.cost",
-    "widgets": "hdlib.lab.widgets",
 }
 
 

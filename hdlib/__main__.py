@@ -31,12 +31,7 @@ PLACES = {
     "run_dir": "",
 }
 NO_DECIMAL = re.compile(r"[-+]?(0[0-7_]+|0[xb][\da-f_]+|\d[\d_]*(:[0-5]?\d)+([.]\d*)?)", re.IGNORECASE)  # 010 is 8
-TYPES = {
-    "corpus": str | list,
-    "subset": str | None,
-    "prompt": str | None,
-    "causal": bool | None,
-}  # the others have that of their default
+TYPES = {"corpus": str | list, "subset": str | None, "prompt": str | None, "causal": bool | None}  # else the default's
 
 
 def main() -> None:

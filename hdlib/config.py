@@ -145,14 +145,11 @@ class DistillConfig:
             _require(not self.similarity, "similarity compares embeddings, which a language model has not: set it to 0")
             return
         teacher.sentence_pooling.prompt(train.prompt)
-        terms = [name for name, weight in self.loss_options().items() if name in ENCODER_TERMS and weight]
-        _require(
-            terms, f"a sentence encoder has no mlm term: set a weight above 0 for one of {', '.join(ENCODER_TERMS)}"
-        )
-        whole = processes == 1 and not self.micro_batch_size
-        _require(
-            whole or not self.similarity, "similarity needs the whole batch: use micro_batch_size=0 and one process"
-        )
+        terms = ", ".join(ENCODER_TERMS)
+        weighted = any(getattr(self, name) for name in ENCODER_TERMS)
+        _require(weighted, f"a sentence encoder has no mlm term: set a weight above 0 for one of {terms}")
+        allowed = not self.similarity or (processes == 1 and not self.micro_batch_size)
+        _require(allowed, "similarity needs the whole batch: use micro_batch_size=0 and one process")
 
     def _check_blocks(self, train, validation, vocabulary: int) -> None:
         for part, blocks in (("training", train), ("validation", validation)):
@@ -234,11 +231,8 @@ class DistillConfig:
 
     def _check_types(self) -> None:
         """YAML reads 3e-4 as a string and no as False: name the field now instead of failing later."""
-        for each in fields(self):
-            value, default, least = getattr(self, each.name), each.default, each.metadata["least"]
-            if each.name in ("target", "betas"):
-                continue
-            kind = type(default)
+        for each in (each for each in fields(self) if each.name not in ("target", "betas")):
+            value, kind, least = getattr(self, each.name), type(each.default), each.metadata["least"]
             accepted = int | float if kind is float else kind
             matches = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
             _require(matches, f"{each.name} must be of type {kind.__name__}; got {_short(value)}{hint(value, kind)}")
@@ -248,12 +242,9 @@ class DistillConfig:
             _require(least is None or value >= least, f"{each.name} must be at least {least}; got {value}")
         if not isinstance(self.target, Widths):
             number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
-            possible = number and 0 < self.target <= 1
+            known = "target is a fraction to keep, in (0, 1], or Widths (for a Budget: hdlib.lab.shapes)"
             got = f"{_short(self.target)}{hint(self.target, float)}"
-            _require(
-                possible,
-                f"target is a fraction to keep, in (0, 1], or Widths (for a Budget: hdlib.lab.shapes); got {got}",
-            )
+            _require(number and 0 < self.target <= 1, f"{known}; got {got}")
             object.__setattr__(self, "target", float(self.target))
         pair = isinstance(self.betas, list | tuple) and len(self.betas) == 2
         valid = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas)

@@ -137,7 +137,8 @@ def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
     measures = {"cosine_distance": float((student - teacher).square().sum(-1).mean() / 2)} if alike else {}
     pairs = torch.ones(len(teacher), len(teacher), dtype=torch.bool, device=teacher.device).triu(1)
     if len(teacher) > 2:
-        ranks = [_ranks((each @ each.T)[pairs]) for each in (student, teacher)]
+        values = [(each @ each.T)[pairs] for each in (student, teacher)]
+        ranks = [each.argsort(stable=True).argsort().to(each) for each in values]  # equal ones in their order
         measures["rank_correlation"] = float(torch.corrcoef(torch.stack(ranks))[0, 1])
     if alike and len(teacher) > 1:
         itself = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
@@ -145,11 +146,6 @@ def embedding_measures(student: Tensor, teacher: Tensor) -> dict[str, float]:
         found, wanted = (each.topk(min(NEAREST, len(teacher) - 1)).indices for each in scores)
         measures["recall"] = float((found[:, :, None] == wanted[:, None]).any(1).double().mean())
     return measures
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """The rank of each value, equal ones in their order."""
-    return torch.empty_like(values).index_copy_(0, values.argsort(stable=True), torch.arange(len(values)).to(values))
 
 
 def _sums_of_blocks(of_tokens: Tensor, loss_positions: Tensor) -> Tensor:
@@ -187,44 +183,35 @@ def _means(student, teacher, labels: Tensor, heads, layers, attention_mask) -> I
 
 
 class _LinearFit:
-    """Least-squares prediction of teacher states from student states, from running sums: memory does not grow."""
+    """Least-squares prediction of teacher states Y from student states X, from running sums: memory does not grow.
+
+    The sums over the tokens of the fitted and of the other blocks: `inner` X'X (Ds, Ds), `cross` X'Y (Ds, Dt) and
+    `squares` Y^2.
+    """
 
     def __init__(self):
-        self.fitted, self.measured = _Moments(), _Moments()
+        self.fitted, self.measured = Counter(), Counter()
 
     def add(self, states: Tensor, targets: Tensor, real: Tensor, read: int) -> None:
         """Add states (B, S, Ds) and (B, S, Dt) at the real tokens (B, S), after `read` blocks: even ones are fitted."""
-        for moments, first in ((self.fitted, read % 2), (self.measured, 1 - read % 2)):
+        for sums, first in ((self.fitted, read % 2), (self.measured, 1 - read % 2)):
             rows = slice(first, None, 2)
-            moments.add(states[rows][real[rows]], targets[rows][real[rows]])
+            x, y = (doubled(each[rows][real[rows]]) for each in (states, targets))  # (N, Ds), (N, Dt)
+            sums.update(tokens=len(x), inner=x.T @ x, cross=x.T @ y, squares=y.square().sum())
 
     @property
     def enough(self) -> bool:
-        return self.measured.tokens > 0 and self.fitted.tokens >= TOKENS_PER_NEURON * len(self.fitted.inner)
+        fitted = self.fitted["tokens"]
+        return self.measured["tokens"] > 0 and fitted >= TOKENS_PER_NEURON * len(self.fitted["inner"])
 
     def errors(self) -> tuple[float, float]:
         """Mean squared error, and as a share of the targets' mean square; nan if a state was not finite."""
-        fitted, measured = self.fitted, self.measured
-        if not torch.isfinite(fitted.inner).all() or not torch.isfinite(measured.inner).all():
+        inner, cross = (self.fitted[name].cpu() for name in ("inner", "cross"))
+        own, own_cross = (self.measured[name].cpu() for name in ("inner", "cross"))
+        if not inner.isfinite().all() or not own.isfinite().all():
             return float("nan"), float("nan")
-        # "gelsd" handles rank deficiency and exists on CPUs only
-        weights = torch.linalg.lstsq(fitted.inner.cpu(), fitted.cross.cpu(), driver="gelsd").solution  # (Ds, Dt)
-        inner, cross = measured.inner.cpu(), measured.cross.cpu()
-        error = float(measured.squares) + float((weights * (inner @ weights - 2 * cross)).sum())
+        weights = torch.linalg.lstsq(inner, cross, driver="gelsd").solution  # (Ds, Dt); of any rank, on CPUs only
+        squares = float(self.measured["squares"])
+        error = squares + float((weights * (own @ weights - 2 * own_cross)).sum())
         error = max(error, 0.0)  # rounding can make the difference slightly negative
-        return error / (measured.tokens * weights.shape[1]), error / float(measured.squares)
-
-
-class _Moments:
-    """Sums over tokens: X'X (Ds, Ds), X'Y (Ds, Dt) and Y^2 of student states X and teacher states Y."""
-
-    def __init__(self):
-        self.inner = self.cross = self.squares = 0.0
-        self.tokens = 0
-
-    def add(self, states: Tensor, targets: Tensor) -> None:
-        states, targets = doubled(states), doubled(targets)  # (N, Ds), (N, Dt)
-        self.inner = self.inner + states.T @ states
-        self.cross = self.cross + states.T @ targets
-        self.squares = self.squares + targets.square().sum()
-        self.tokens += len(states)
+        return error / (self.measured["tokens"] * weights.shape[1]), error / squares

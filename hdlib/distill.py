@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
@@ -306,14 +306,11 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 @contextmanager
 def _stop_request(training: Training) -> Iterator[None]:
     """Let SIGTERM set `training.stop_requested`. Only the main thread can receive signals."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    request = lambda *_: setattr(training, "stop_requested", True)  # noqa: E731
-    before = signal.signal(signal.SIGTERM, request) if main_thread else None
-    try:
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, lambda *_: setattr(training, "stop_requested", True))
+            stack.callback(signal.signal, signal.SIGTERM, before)
         yield
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -36,6 +36,9 @@ class Family:
     follows: tuple[str, ...] = ()  # other config entries that repeat the hidden width
     fixed: Mapping[str, str] = field(default_factory=dict)  # widths that cannot change (head_dim: whole heads go)
 
+    def __post_init__(self):
+        object.__setattr__(self, "axes", TASKS | self.axes)
+
 
 def linear(name: str, out, into) -> dict[str, tuple]:
     """nn.Linear: weight (out, in), bias (out)."""
@@ -64,7 +67,7 @@ def feed_forward(into: str, out: str) -> dict[str, tuple]:
     return linear(into, FFN, HIDDEN) | linear(out, HIDDEN, FFN)
 
 
-# The heads of the stock task classes, common to all families.
+# The heads of the stock task classes, in every table; a row of the same name in a table replaces one of these.
 TASKS = (
     linear("classifier", FIXED, HIDDEN)
     | linear("score", FIXED, HIDDEN)
@@ -90,8 +93,7 @@ BERT = Family(
     | linear("cls.predictions.transform.dense", HIDDEN, HIDDEN)
     | embedding("cls.predictions.decoder")
     | {"cls.predictions*bias": (FIXED,)}
-    | linear("cls.seq_relationship", FIXED, HIDDEN)
-    | TASKS,
+    | linear("cls.seq_relationship", FIXED, HIDDEN),
 )
 
 _ROBERTA_HEAD = (
@@ -101,7 +103,7 @@ _ROBERTA_HEAD = (
     | {"lm_head.bias": (FIXED,)}
 )
 
-ROBERTA = Family(positions_after_padding=True, axes=_BERT_BODY | _ROBERTA_HEAD | TASKS)
+ROBERTA = Family(positions_after_padding=True, axes=_BERT_BODY | _ROBERTA_HEAD)
 
 DISTILBERT = Family(
     ffn="hidden_dim",
@@ -111,8 +113,7 @@ DISTILBERT = Family(
     | norm("*[Nn]orm")
     | linear("vocab_transform", HIDDEN, HIDDEN)
     | linear("vocab_projector", FIXED, HIDDEN)
-    | linear("pre_classifier", HIDDEN, HIDDEN)
-    | TASKS,
+    | linear("pre_classifier", HIDDEN, HIDDEN),
 )
 
 ELECTRA = Family(
@@ -124,8 +125,7 @@ ELECTRA = Family(
     | linear("generator_predictions.dense", EMBEDDING, HIDDEN)
     | linear("generator_lm_head", FIXED, EMBEDDING)
     | linear("discriminator_predictions.dense", HIDDEN, HIDDEN)
-    | linear("discriminator_predictions.dense_prediction", FIXED, HIDDEN)
-    | TASKS,
+    | linear("discriminator_predictions.dense_prediction", FIXED, HIDDEN),
 )
 
 # All layers of a group share their weights, hence their neurons. The embedding width is fixed.
@@ -142,8 +142,7 @@ ALBERT = Family(
     | linear("predictions.decoder", FIXED, FIXED)
     | {"predictions.bias": (FIXED,)}
     | linear("*pooler", HIDDEN, HIDDEN)
-    | linear("sop_classifier.classifier", FIXED, HIDDEN)
-    | TASKS,
+    | linear("sop_classifier.classifier", FIXED, HIDDEN),
 )
 
 # All layers share one relative position bias, which has one entry per head.
@@ -154,8 +153,7 @@ MPNET = Family(
     | attention("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o")
     | feed_forward("*.intermediate.dense", "*.output.dense")
     | norm("*LayerNorm")
-    | _ROBERTA_HEAD
-    | TASKS,
+    | _ROBERTA_HEAD,
 )
 
 # Relative positions have queries and keys too; they use the scale of the content queries.
@@ -174,8 +172,7 @@ DEBERTA = Family(
     | embedding("cls.predictions.decoder", EMBEDDING)
     | {"cls.predictions*bias": (FIXED,)}
     | linear("lm_predictions.lm_head.dense", HIDDEN, HIDDEN)
-    | {"lm_predictions.lm_head.bias": (FIXED,)}
-    | TASKS,
+    | {"lm_predictions.lm_head.bias": (FIXED,)},
 )
 
 MODERNBERT = Family(
@@ -188,8 +185,7 @@ MODERNBERT = Family(
     | linear("*.mlp.Wo", HIDDEN, FFN)
     | norm("*norm")
     | linear("head.dense", HIDDEN, HIDDEN)
-    | linear("decoder", FIXED, HIDDEN)
-    | TASKS,
+    | linear("decoder", FIXED, HIDDEN),
 )
 
 GPT2 = Family(
@@ -202,8 +198,7 @@ GPT2 = Family(
     | conv1d("*.mlp.c_fc", HIDDEN, FFN)
     | conv1d("*.mlp.c_proj", FFN, HIDDEN)
     | norm("*ln_?")
-    | embedding("lm_head")
-    | TASKS,
+    | embedding("lm_head"),
 )
 
 OPT = Family(
@@ -219,8 +214,7 @@ OPT = Family(
     | feed_forward("*.fc1", "*.fc2")
     | norm("*layer_norm")
     | embedding("lm_head", EMBEDDING)
-    | embedding("score", EMBEDDING)
-    | TASKS,
+    | embedding("score", EMBEDDING),
 )
 
 # The fused matrix stores query, key and value of a head in adjacent rows, so a head is one block of rows.
@@ -233,8 +227,7 @@ GPT_NEOX = Family(
     | linear("*.attention.dense", HIDDEN, HEADS)
     | feed_forward("*.mlp.dense_h_to_4h", "*.mlp.dense_4h_to_h")
     | norm("*norm")
-    | embedding("lm_head")
-    | TASKS,
+    | embedding("lm_head"),
 )
 
 LLAMA = Family(
@@ -250,8 +243,7 @@ LLAMA = Family(
     | feed_forward("*.mlp.up_proj", "*.mlp.down_proj")
     | norm("*.self_attn.[qk]_norm", FIXED)  # over the dimensions of one head, the same weights for all heads
     | norm("*norm")
-    | embedding("lm_head")
-    | TASKS,
+    | embedding("lm_head"),
 )
 
 MISTRAL = replace(LLAMA, divisible=False)  # also Qwen

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .narrowing import forget_parameters, replace_parameter
+from .narrowing import forget_parameters, replace_parameter, sites_of
 from .widths import LAYERS, compared_states
 
 TERMS = ("mlm", "prediction", "hidden", "attention", "embedding")
@@ -430,12 +430,8 @@ class DistillationLoss(nn.Module):
             self.hidden_projections = nn.ParameterList(self.hidden_projections[state] for state in states)
             self.heads = self.heads[layers]
         self.heads = self.heads.gather(1, heads.to(self.heads.device))
-        if "hidden" not in kept:  # a family whose hidden width is fixed
-            return
-        numbers = map(str, range(len(layers)))
-        for module, name in [(self, "embedding_projection"), *((self.hidden_projections, i) for i in numbers)]:
-            old = module._parameters[name]
-            replace_parameter(old, nn.Parameter(rows(old.data)), [(module, name)], optimizer, rows)
+        for old, sites in sites_of(self).items() if "hidden" in kept else ():  # not where the hidden width is fixed
+            replace_parameter(old, nn.Parameter(rows(old.data)), sites, optimizer, rows)
 
     def _vocabulary_terms(
         self, student, teacher, labels: Tensor, loss_positions: Tensor, labels_in_batch: int, share: float

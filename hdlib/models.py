@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from os.path import exists, expanduser
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .losses import LogitsInPieces, QueryKey, Scores, at_least_float32
 from .narrowing import stock_model
@@ -170,7 +170,7 @@ def shape_of(name_or_path: str | Path = "embedded") -> PreTrainedConfig:
     def ask():
         return try_to_load_from_cache(source, "config.json") or HfApi().model_info(source, timeout=hub_timeout())
 
-    check_reachable(source, False, ask, "model")
+    check_reachable(source, ask, "model")
     if exists(source):
         _check_folder(Path(source))
     try:
@@ -194,13 +194,13 @@ def hub_timeout() -> int:
     return max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def check_reachable(source: str, cached: bool, ask: Callable[[], object], what: str) -> None:
+def check_reachable(source: str, ask: Callable[[], object], what: str) -> None:
     """Raise FileNotFoundError for a path that does not exist, or a hub name that cannot be reached.
 
-    `cached` is True if the hub's files are on this machine; otherwise `ask` requests them and raises if that fails.
-    `what`, "model" or "data set", is for the message.
+    `ask` raises unless the hub's files are on this machine or the hub answers; `what`, "model" or "data set", is for
+    the message.
     """
-    if exists(source) or cached:
+    if exists(source):
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no file or folder {source}")
@@ -245,13 +245,11 @@ def check_length(length: int, model: PreTrainedModel) -> None:
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Hide the progress bars of Transformers while small models are read or written."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with ExitStack() as stack:
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def frozen_copy(teacher: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -293,26 +291,21 @@ def recording(*models: PreTrainedModel) -> Iterator[None]:
     SDPA returns no attentions, and eager attention would store probabilities (B, H, S, S). The registered function
     runs SDPA and returns queries and keys. The few families without SDPA run eagerly: `forward` records their scores.
     """
-    changed = []
-    for model in models:
-        before, recorder = model.config._attn_implementation, RECORDING if model._supports_sdpa else "eager"
-        if before != recorder:
-            changed.append((model, before))
-            model.set_attn_implementation(recorder)
-    try:
+    with ExitStack() as stack:
+        for model in models:
+            before, recorder = model.config._attn_implementation, RECORDING if model._supports_sdpa else "eager"
+            if before != recorder:
+                stack.callback(model.set_attn_implementation, before)
+                model.set_attn_implementation(recorder)
         yield
-    finally:
-        for model, before in changed:
-            model.set_attn_implementation(before)
 
 
-@dataclass
-class SentenceOutput(ModelOutput):
+class SentenceOutput(NamedTuple):
     """What the loss compares of a sentence encoder."""
 
-    embeddings: Tensor | None = None  # (B, E), of length 1
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, D)
-    attentions: tuple | None = None  # L of QueryKey or Scores
+    embeddings: Tensor  # (B, E), of length 1
+    hidden_states: tuple[Tensor, ...]  # L + 1 of (B, S, D)
+    attentions: tuple  # L of QueryKey or Scores
 
 
 def forward(
@@ -323,7 +316,7 @@ def forward(
     *,
     layers: list[int] | None = None,
     in_pieces: bool = False,
-) -> MaskedLMOutput:
+) -> MaskedLMOutput | SentenceOutput:
     """Run a model and return everything that `DistillationLoss` compares.
 
     Args:

@@ -1,6 +1,6 @@
 """The precision of matrix products: float32, or bfloat16 where it is faster."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from time import perf_counter
@@ -55,14 +55,12 @@ def cast_once(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 @contextmanager
 def recompute_casts(model: PreTrainedModel):
     """Recompute autocast's copies of weights in the backward pass instead of storing them; sum gradients in float32."""
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]  # no subclasses
-    for layer in layers:
-        layer.forward = partial(_linear, layer)
-    try:
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer) in (nn.Linear, Conv1D):  # no subclasses
+                layer.forward = partial(_linear, layer)
+                stack.callback(delattr, layer, "forward")
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _linear(layer: nn.Linear | Conv1D, states: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from .narrowing import kept_indices, sites_of
 from .precision import doubled
 from .widths import LAYERS, Axis, Block, axes_of, compared_states, new_numbers, renumbered, width_groups
 
+DECAY = 0.9  # weight of the past moments at each step
 WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
@@ -60,46 +61,34 @@ class Moments(NamedTuple):
 
 
 class Compensation:
-    """Running moments of what the layers of a student read, and the weights that make its next prune cheap.
+    """Running moments of what the layers of a student read, and the weights that make its next prune cheap."""
 
-    Args:
-        decay: weight of the past at each step.
-    """
-
-    def __init__(self, decay: float = 0.9):
-        self.decay = decay
+    def __init__(self):
         self._moments: dict[str, Moments] = {}
         self._source: dict[str, str] = {}  # layer to the name of its moments: layers that read the same share them
         self._read: dict[str, list[Tensor]] = {}  # in this forward pass
         self._layers: _Layers | None = None  # of the student between two prunes
 
     def start_step(self) -> None:
-        self._moments = {name: Moments(*(self.decay * each for each in sums)) for name, sums in self._moments.items()}
+        self._moments = {name: Moments(*(DECAY * each for each in sums)) for name, sums in self._moments.items()}
 
     @contextmanager
     def recording(self, model: PreTrainedModel, attention_mask: Tensor | None = None) -> Iterator[None]:
         """Add the moments of a forward pass, without padding where the mask (B, S) is 0."""
         layers = self._layers = self._layers or _Layers.of(model)
-        hooks = [base_model(model).register_forward_hook(self._after_base)] if layers.hidden else []
-        for name in (*layers.readers, *layers.tied):
-            before = partial(self._before, name)
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(before))
-        for name in layers.norms:
-            hooks.append(model.get_submodule(name).register_forward_hook(partial(self._after, name)))
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self._read.clear)
+            if layers.hidden:
+                hooks.enter_context(base_model(model).register_forward_hook(self._after_base))
+            for name in (*layers.readers, *layers.tied, *layers.norms):
+                after = partial(self._after, name, name in layers.norms)
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(after))
             yield
-        finally:
-            read, self._read = self._read, {}
-            for hook in hooks:
-                hook.remove()
-        base = base_name(model)
-        self._sum(read, f"{base}." if base else "", attention_mask)
+            base = base_name(model)
+            self._sum(self._read, f"{base}." if base else "", attention_mask)
 
-    def _before(self, name: str, _module, inputs: tuple[Tensor, ...]) -> None:
-        self._read.setdefault(name, []).append(inputs[0])
-
-    def _after(self, name: str, _module, _inputs, states: Tensor) -> None:
-        self._read.setdefault(name, []).append(states)
+    def _after(self, name: str, is_norm: bool, _module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._read.setdefault(name, []).append(output if is_norm else inputs[0])
 
     def _after_base(self, _base, _inputs, outputs) -> None:
         if outputs.hidden_states is not None:  # not the call of the head, which has given states

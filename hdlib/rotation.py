@@ -6,6 +6,7 @@ H heads of E dimensions, N tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -68,17 +69,13 @@ def _members_of_heads(model: PreTrainedModel) -> dict[str, list[_Part]]:
     """The parts of each group of query/key and of value/output dimensions."""
     parts: dict[str, list[_Part]] = {}
     for name, axes in axes_of(model).items():
-        module = name.rpartition(".")[0]
+        module, parameter = name.rpartition(".")[0], model.get_parameter(name)
+        read = input_axis(model.get_submodule(module)) if parameter.dim() > 1 else None
         for axis, blocks in enumerate(axes):
             for block in blocks or ():
-                if block.group.endswith((QUERY_KEY, VALUE)):
-                    is_input = name.endswith("weight") and axis == input_axis(model.get_submodule(module))
-                    if block.group.endswith(QUERY_KEY):
-                        role = "query" if block.scaled else "key"
-                    else:
-                        role = "output" if is_input else "value"
-                    part = _Part(module, model.get_parameter(name), axis, block, role)
-                    parts.setdefault(block.group, []).append(part)
+                roles = {QUERY_KEY: "query" if block.scaled else "key", VALUE: "output" if axis == read else "value"}
+                if role := roles.get(block.group.rpartition(".")[2]):
+                    parts.setdefault(block.group, []).append(_Part(module, parameter, axis, block, role))
     return parts
 
 
@@ -87,37 +84,27 @@ def _moments_of_heads(model, members: dict[str, list[_Part]], batches, heads: in
     read: dict[tuple[str, str], list[Tensor]] = {}
     mask = None  # of the present batch
 
-    def add(group: str, role: str, states: Tensor) -> None:
+    def add(group: str, part: _Part, _module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        role, states = "values", inputs[0]
+        if part.role != "output":
+            role, states = part.role, output[..., part.block.start : part.block.start + part.block.size]
         states = doubled(real_tokens(states, mask).unflatten(-1, (heads, -1)).transpose(0, 1))  # (H, N, E)
         sums = [torch.tensor(float(states.shape[1])), states.sum(1), states.mT @ states]
         past = read.get((group, role), [0.0, 0.0, 0.0])
         read[group, role] = [before + now for before, now in zip(past, sums, strict=True)]
 
-    def before(group: str, _part: _Part, _module, inputs) -> None:
-        add(group, "values", inputs[0])
-
-    def after(group: str, part: _Part, _module, _inputs, output: Tensor) -> None:
-        add(group, part.role, output[..., part.block.start : part.block.start + part.block.size])
-
-    hooks = []
-    for group, part in ((group, part) for group, parts in members.items() for part in parts):
-        module = model.get_submodule(part.module)
-        if part.role == "output":
-            hooks.append(module.register_forward_pre_hook(partial(before, group, part)))
-        elif part.role != "value" and part.parameter.dim() > 1:
-            hooks.append(module.register_forward_hook(partial(after, group, part)))
-    try:
+    with ExitStack() as hooks:
+        for group, part in ((group, part) for group, parts in members.items() for part in parts):
+            if part.role != "value" and part.parameter.dim() > 1:
+                module = model.get_submodule(part.module)
+                hooks.enter_context(module.register_forward_hook(partial(add, group, part)))
         for batch in batches:
             input_ids, mask = batch["input_ids"], batch.get("attention_mask")
             forward(model, input_ids, torch.zeros_like(input_ids, dtype=torch.bool), mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
     means: dict[str, dict[str, Tensor]] = {}
     for (group, role), (tokens, total, products) in read.items():
-        mean = 0.0 if role == "query" else total / tokens  # a constant over keys has no effect
-        centred = products / tokens - (mean[..., None] * mean[:, None] if role != "query" else 0.0)
-        means.setdefault(group, {})[role] = centred
+        centre = total / tokens * (role != "query")  # a constant over keys has no effect
+        means.setdefault(group, {})[role] = products / tokens - centre[..., None] * centre[:, None]
     return means
 
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import exists
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .data import Sentences
 from .losses import at_least_float32, in_teacher_space
@@ -39,23 +37,16 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _max(states: Tensor, mask: Tensor) -> Tensor:
-    return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-
-
-def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return _at(states, mask.int().argmax(1))
-
-
-def _last(states: Tensor, mask: Tensor) -> Tensor:
-    return _at(states, mask.shape[1] - 1 - mask.int().flip(1).argmax(1))
-
-
 def _at(states: Tensor, positions: Tensor) -> Tensor:
     return states.gather(1, positions[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
 
 
-MODES: dict[str, Callable] = {"cls": _first, "max": _max, "mean": _mean, "lasttoken": _last}
+MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of states (B, S, D) and mask (B, S) to (B, D)
+    "cls": lambda states, mask: _at(states, mask.int().argmax(1)),
+    "max": lambda states, mask: states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1),
+    "mean": _mean,
+    "lasttoken": lambda states, mask: _at(states, mask.shape[1] - 1 - mask.int().flip(1).argmax(1)),
+}
 
 
 class Dense(NamedTuple):
@@ -225,11 +216,8 @@ def _modes(source: str, path: str) -> tuple[str, ...]:
 def _dense(source: str, path: str) -> Dense:
     config = _json(source, f"{path}/config.json") or {}
     activation = config.get("activation_function", "torch.nn.Tanh").rpartition(".")[2]
-    others = {
-        "use_residual": False,
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    }
+    others = {"use_residual": False}
+    others |= dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding")
     changed = [name for name, usual in others.items() if (config.get(name) or usual) != usual]
     if activation not in ACTIVATIONS or changed:
         setting = changed[0] if changed else f"the activation {config['activation_function']}"
@@ -268,13 +256,11 @@ def write_pooling(folder: Path, model: PreTrainedModel, pooling: Pooling, longes
         save_file(tensors, folder / path / "model.safetensors")
 
 
-def _file(source: str, name: str) -> Path | None:
+def _file(source: str, name: str) -> str | None:
     """A file of a local folder or of a model on the hub; None if there is none."""
-    if exists(source):
-        return path if (path := Path(source) / name).is_file() else None
     try:
-        return Path(hf_hub_download(source, name))
-    except (EntryNotFoundError, OSError):
+        return cached_file(source, name)
+    except OSError:
         return None
 
 
@@ -282,7 +268,7 @@ def _json(source: str, name: str):
     if (file := _file(source, name)) is None:
         return None
     try:
-        return json.loads(file.read_text())
+        return json.loads(Path(file).read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged and cannot be read: {error}") from error
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from time import perf_counter
@@ -147,7 +146,8 @@ class Training:
         The engine broadcasts the weights of the first process, and averages gradients during the backward pass. It
         must know the parameters without gradient: those without optimiser state, before the first step by a trial.
         """
-        module = _StudentAndLoss(self.student, self.loss, self._losses)
+        module = nn.ModuleDict({"student": self.student, "loss": self.loss})
+        module.forward = self._losses
         if PartialState().num_processes == 1:
             return module
         if not self.optimizer.state:
@@ -319,9 +319,3 @@ def _optimizer(student: PreTrainedModel, loss: DistillationLoss, config: Distill
     others = [parameter for parameter in parameters if parameter.dim() == 1] + list(loss.parameters())
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
-
-
-class _StudentAndLoss(nn.Module):
-    def __init__(self, student: PreTrainedModel, loss: DistillationLoss, losses: Callable[..., LossTerms]):
-        super().__init__()
-        self.student, self.loss, self.forward = student, loss, losses

@@ -69,7 +69,7 @@ MUTATIONS = [
         "real[:, None, None, :].expand(-1, 1, real.shape[1], -1)",
     ),
     ("losses", "return states * diagonal + states @", "return states + states @"),
-    ("losses", "self.heads = self.heads[layers].gather(1,", "self.heads = heads.gather(1,"),
+    ("losses", "self.heads = self.heads.gather(1, heads.to(self.heads.device))", "self.heads = heads"),
     ("losses", "if state not in states]", "if False]"),
     ("fading", "parameter.mul_(factor)", "parameter.mul_(factor**0.9)"),
     ("fading", "norm.bias.lerp_(shift, 1 - factor)", "pass"),

@@ -126,6 +126,14 @@ def test_every_head_narrows_and_loads(architecture, task, tmp_path):
     )
 
 
+def test_a_classifier_over_an_embedding_width_of_its_own_narrows():
+    config = random_model("opt, projected").config
+    model = transformers.OPTForSequenceClassification(config).eval()
+    hdlib.narrow(model, Widths.at(model, 0.5))
+    assert model.score.weight.shape == (2, config.word_embed_proj_dim) and config.word_embed_proj_dim == 10
+    assert model(random_batch(size=1)[0]).logits.shape == (1, 2)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_unusual_berts_narrow_and_load(tied, tmp_path):
     config = random_bert().config

@@ -79,8 +79,12 @@ def fewer_layers(teacher, train: Sentences, ratio: float, **recipe) -> PreTraine
 
 def fewer_dimensions(teacher, train: Sentences, ratio: float, seed: int = 0) -> PreTrainedModel:
     """A teacher whose embeddings have `ratio` of their dimensions, by PCA of those of 2,000 sentences."""
-    embeddings = embed(teacher, sample(train, 2000, seed))
-    return with_pca(teacher, embeddings, max(1, round(ratio * embeddings.shape[1])))
+    embeddings = embed(teacher, sample(train, 2000, seed))  # (N, E)
+    _, _, components = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
+    projection = Dense(components[: max(1, round(ratio * embeddings.shape[1]))])
+    smaller, pooling = deepcopy(teacher), teacher.sentence_pooling
+    smaller.sentence_pooling = replace(pooling, dense=(*pooling.dense, projection))
+    return smaller
 
 
 def saved(folder: str, tokenizer, build: Callable[[], PreTrainedModel] | None) -> PreTrainedModel | None:
@@ -92,14 +96,6 @@ def saved(folder: str, tokenizer, build: Callable[[], PreTrainedModel] | None) -
     model = build()
     save_sentence_encoder(model, tokenizer, folder)
     return model
-
-
-def with_pca(model: PreTrainedModel, embeddings: Tensor, dimensions: int) -> PreTrainedModel:
-    """A copy whose embeddings are projected on the first principal components of `embeddings` (N, E)."""
-    _, _, components = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
-    smaller, pooling = deepcopy(model), model.sentence_pooling
-    smaller.sentence_pooling = replace(pooling, dense=(*pooling.dense, Dense(components[:dimensions])))
-    return smaller
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def load_documents(
 
 def _from_hub(name: str, column: str, subset: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     cached = exists(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))
-    check_reachable(name, cached, lambda: HfApi().dataset_info(name, timeout=hub_timeout()), "data set")
+    check_reachable(name, lambda: cached or HfApi().dataset_info(name, timeout=hub_timeout()), "data set")
     try:
         found = datasets.load_dataset(name, subset, streaming=streaming)
     except Exception as error:  # has many causes: no connection, no such configuration, a script

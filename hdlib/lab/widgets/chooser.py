@@ -122,7 +122,7 @@ class Chooser(Shown):
             values["target"] = Widths(**{name: control.value or None for name, control in self.widths.items()})
         config, teacher = DistillConfig(**values), self._teacher(places["teacher"])
         check_length(length, teacher)
-        check_reachable(places["corpus"], False, lambda: None, "data set")
+        check_reachable(places["corpus"], lambda: None, "data set")
         shapes = {"teacher": Widths.of(teacher), "student": config.shape(teacher)}
         sizes = pd.DataFrame({name: self._size(teacher, shape, length) for name, shape in shapes.items()})
         sizes["student / teacher"] = sizes["student"] / sizes["teacher"]
