@@ -64,13 +64,13 @@ class DistillConfig:
     positions: str = option("masked", "prediction loss: masked positions (causal: all with a next token), or all")
 
     # Optimisation
-    learning_rate: float = option(6e-4, "peak learning rate of Adam")
+    learning_rate: float = option(1e-3, "peak learning rate of Adam; for small teachers and few steps up to 4e-3")
     warmup: float = option(0.1, "fraction of the steps in which the learning rate rises; the first prunes fall into it")
     weight_decay: float = option(0.01, "weight decay, not on biases, norms and projections", least=0)
     betas: tuple[float, float] = option((0.9, 0.999), "betas of Adam")
     eps: float = option(1e-6, "epsilon of Adam")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    mask_probability: float = option(0.15, "fraction of tokens to predict")
+    mask_probability: float = option(0.4, "fraction of tokens to predict")
     precision: str = option("auto", "of matrix products: float32, bfloat16 or the faster one here; weights are float32")
     seed: int = option(0, "seed of data order, masking, random weights and random scores")
 
@@ -83,7 +83,7 @@ class DistillConfig:
 
     @classmethod
     def paper(cls, **changes) -> DistillConfig:
-        """The published recipe, with changes: prunes that are slices, by sensitivity. Masks need it."""
+        """The recipe of the paper, as far as it is known (`experiments/paper`), with changes. Masks need it."""
         return cls(**PAPER | changes)
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ class DistillConfig:
             raise ValueError(f"initial='random' starts at the target shape, but {wide}")
         if self.under_masks and self.compensate:
             masks = "masked, recover and scope='global' keep every weight, which compensate=True changes for good"
-            raise ValueError(f"{masks}: start from DistillConfig.paper(...), or set {_listed(PAPER)}")
+            raise ValueError(f"{masks}: take DistillConfig.paper(...), or compensate=False and scorer='sensitivity'")
         if self.scorer == "reconstruction" and not self.compensate:
             raise ValueError("scorer='reconstruction' ranks by the error after a fold: set compensate=True or scorer")
         DistillationLoss(1, 1, 1, **self.loss_options())  # checks its own options
@@ -275,11 +275,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _listed(values: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
-
-
-PAPER = {"scorer": "sensitivity", "rotate": False, "compensate": False}  # where the paper differs from the defaults
+PAPER = {  # where the published recipe differs from the defaults
+    "scorer": "sensitivity",
+    "rotate": False,
+    "compensate": False,
+    "mask_probability": 0.15,
+    "learning_rate": 6e-4,
+}
 ENCODER_TERMS = ("prediction", "hidden", "attention", "embedding", "similarity")
 LARGEST = 10**12  # larger integers overflow somewhere in a run
 MAY_CHANGE = ("micro_batch_size", "checkpoint_every", "keep_last")  # on resuming: they do not change the numbers
