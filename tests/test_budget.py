@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hdlib
 from hdlib import DistillConfig, Widths
@@ -56,6 +57,18 @@ def test_shapes_use_up_the_budget(kind, tokenizer):
         more = shape.ffn < wide.ffn and stock_model(teacher, replace(shape, ffn=shape.ffn + 1)).num_parameters()
         assert shape.ffn == wide.ffn or more > given.parameters, "the feed-forward width takes what is left"
     assert DistillConfig(target=table["shape"][0]).shape(teacher) == table["shape"][0]
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_a_row_has_the_counts_of_its_student(kind, tokenizer, tmp_path):
+    """Of the one that a run leaves on the disk, where tied weights are stored once."""
+    teacher, _, table = found(kind, tokenizer, 2, parameters=0.6)
+    row = table.iloc[-1]
+    config = DistillConfig(target=row["shape"], steps=2, prune_start=0.0, prune_end=0.5, batch_size=4, eval_blocks=4)
+    student = hdlib.distill(teacher, tokenizer, *blocks_for(kind, tokenizer), config, tmp_path).student()[0]
+    stored = sum(each.numel() for each in load_file(tmp_path / "student" / "model.safetensors").values())
+    assert row["parameters"] == stored == student.num_parameters() and row["megabytes"] == 4e-6 * stored
+    assert row["flops"] == flops_once(student.config, 16) and row["shape"] == Widths.of(student)
 
 
 @pytest.mark.parametrize("limit", ["megabytes", "flops", "milliseconds"])

@@ -15,7 +15,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import compress, product
-from math import inf
 
 import numpy as np
 import pandas as pd
@@ -106,7 +105,7 @@ def shapes(
         new = [shape for shape in ways.beside(best, step) if shape not in rows]
         step = step if new else step / 2
     table = pd.DataFrame(rows.values()).sort_values("predicted", ignore_index=True)
-    within = table[table["milliseconds"] <= budget.limits.get("milliseconds", inf)].reset_index(drop=True)
+    within = table[table[[*budget.limits]].le(budget.limits).all(axis=1)].reset_index(drop=True)
     if not len(within):
         nearest = f"{table['milliseconds'].min():.3g} milliseconds"
         raise ValueError(f"no shape was measured within {budget}: the nearest took {nearest}; lower the other limits")
