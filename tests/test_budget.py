@@ -97,6 +97,15 @@ def test_the_best_shape_keeps_what_matters(tokenizer):
     assert all(torch.equal(each, before[name]) for name, each in teacher.state_dict().items())
 
 
+def test_shapes_to_compare_with(tokenizer):
+    """Equal ratios are listed, incomplete as they are given; a shape beyond the budget is not."""
+    teacher, equal = random_model("bert"), Widths(hidden=12, ffn=28)
+    given = Budget(parameters=stock_model(teacher, equal.resolved(teacher)).num_parameters())
+    blocks, others = blocks_for("bert", tokenizer), [equal, Widths(ffn=28)]
+    table = shapes(teacher, tokenizer, *blocks, given, count=4, length=16, include=others)
+    assert len(table) == 4 and (table["shape"] == equal.resolved(teacher)).sum() == 1
+
+
 def test_a_sentence_encoder(tokenizer):
     teacher = random_encoder("bert")
     ids = torch.randint(5, len(tokenizer), (40, 9), generator=torch.Generator().manual_seed(2)).tolist()

@@ -68,6 +68,7 @@ def shapes(
     count: int = 20,
     length: int = 128,
     multiple_of: int = 1,
+    include: Iterable[Widths] = (),
 ) -> pd.DataFrame:
     """Shapes that use up a budget, the best one first.
 
@@ -79,6 +80,7 @@ def shapes(
         count: number of shapes, at most.
         length: S, tokens of the sequence whose operations are counted and whose forward is timed.
         multiple_of: divides hidden and ffn; 8 or 16 on GPUs.
+        include: shapes to compare with those found, if they are within the budget.
 
     Returns:
         A row a shape: `shape` (Widths), its widths, the costs that a Budget limits, and `predicted`: the held-out KL
@@ -98,7 +100,8 @@ def shapes(
     def row(shape: Widths) -> dict:
         return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, length)
 
-    rows, new, step = {}, ways.straight(), 0.25
+    given = filter(fits, (shape.resolved(teacher) for shape in include))
+    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], 0.25
     while len(rows) < count and step > 0.02:
         rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
         best = min(rows, key=lambda shape: rows[shape]["predicted"])
