@@ -50,7 +50,7 @@ class DistillConfig:
     recover: bool = option(False, "masked neurons may return until t_f; implies masks")
     rotate: bool = option(True, "rotate heads before the first step, so that few dimensions carry most of them")
     compensate: bool = option(True, "fold what a prune removes into the weights that stay, by least squares")
-    scope: str = option("local", "local: the same quota in every layer; global: one ranking of all layers, with masks")
+    scope: str = option("local", "local: one quota for all layers; global: one ranking of all, leaves no stock student")
 
     # Loss
     mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")

@@ -428,8 +428,8 @@ class DistillationLoss(nn.Module):
             gone = [each for state, each in enumerate(self.hidden_projections) if state not in states]
             forget_parameters(gone, optimizer)
             self.hidden_projections = nn.ParameterList(self.hidden_projections[state] for state in states)
-            self.heads = self.heads[layers]
-        self.heads = self.heads.gather(1, heads.to(self.heads.device))
+        device = self.heads.device
+        self.heads = self.heads.index_select(0, kept[LAYERS].to(device)).gather(1, heads.to(device))
         for old, sites in sites_of(self).items() if "hidden" in kept else ():  # not where the hidden width is fixed
             replace_parameter(old, nn.Parameter(rows(old.data)), sites, optimizer, rows)
 

@@ -86,7 +86,7 @@ class Masks:
     def export(self) -> None:
         """Remove the masked neurons, so that the model is a stock model. Raises ValueError for scope "global"."""
         if self.scope == "global":
-            raise ValueError("scope='global' makes layers differ, which no stock class can hold: use scope='local'")
+            raise ValueError("scope='global' makes layers differ, which no stock class reads: use scope='local'")
         sizes = {name: group.size for name, group in self._groups.items()}
         narrow(self.model, self.widths, {n: torch.zeros(s).index_fill(0, self.kept[n], 1.0) for n, s in sizes.items()})
 

@@ -181,7 +181,7 @@ class Run:
         if not self.finished:
             raise FileNotFoundError(f"{self.folder} has no student: the run has not finished")
         if not self.has_student:
-            reason = "scope='global' gives widths that no stock class can hold"
+            reason = "scope='global' gives each layer its own widths, which no stock class reads"
             raise FileNotFoundError(f"{self.folder} has no student: {reason}. Its masks: {self.checkpoints()[-1]}")
         return self.folder / "student"
 

@@ -21,6 +21,7 @@ from pretend_device import DEVICE, pretend_device  # noqa: F401
 PRETENDED = (
     "float32: masked, global",
     "float32: rotated and compensated",
+    "float32: fewer layers",
     "float32: resumed, narrowed, random",
     "float32: discrepancy, bert",
     "float32: narrow with AdamW, fused, llama",
@@ -37,6 +38,7 @@ MORE = (
     "float32: narrowed, movement",
     "float32: masked, neurons return",
     "float32: resumed, masked, neurons return",
+    "float32: resumed, fewer layers",
     "bfloat16: narrowed, sensitivity",
     "bfloat16: masked, global",
     "bfloat16: attention probabilities, all positions",

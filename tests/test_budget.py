@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hdlib
 from hdlib import DistillConfig, Widths
@@ -58,6 +59,18 @@ def test_shapes_use_up_the_budget(kind, tokenizer):
     assert DistillConfig(target=table["shape"][0]).shape(teacher) == table["shape"][0]
 
 
+@pytest.mark.parametrize("kind", SOME)
+def test_a_row_has_the_counts_of_its_student(kind, tokenizer, tmp_path):
+    """Of the one that a run leaves on the disk, where tied weights are stored once."""
+    teacher, _, table = found(kind, tokenizer, 2, parameters=0.6)
+    row = table.iloc[-1]
+    config = DistillConfig(target=row["shape"], steps=2, prune_start=0.0, prune_end=0.5, batch_size=4, eval_blocks=4)
+    student = hdlib.distill(teacher, tokenizer, *blocks_for(kind, tokenizer), config, tmp_path).student()[0]
+    stored = sum(each.numel() for each in load_file(tmp_path / "student" / "model.safetensors").values())
+    assert row["parameters"] == stored == student.num_parameters() and row["megabytes"] == 4e-6 * stored
+    assert row["flops"] == flops_once(student.config, 16) and row["shape"] == Widths.of(student)
+
+
 @pytest.mark.parametrize("limit", ["megabytes", "flops", "milliseconds"])
 def test_every_limit_beside_another(limit, tokenizer):
     _, given, table = found("bert", tokenizer, 2, **{limit: 0.7}, parameters=0.8)
@@ -82,6 +95,15 @@ def test_the_best_shape_keeps_what_matters(tokenizer):
     assert len(tables[0]) == 3 and tables[0]["shape"][0] == replace(Widths.of(teacher), ffn=28)
     assert tables[1].equals(tables[0])
     assert all(torch.equal(each, before[name]) for name, each in teacher.state_dict().items())
+
+
+def test_shapes_to_compare_with(tokenizer):
+    """Equal ratios are listed, incomplete as they are given; a shape beyond the budget is not."""
+    teacher, equal = random_model("bert"), Widths(hidden=12, ffn=28)
+    given = Budget(parameters=stock_model(teacher, equal.resolved(teacher)).num_parameters())
+    blocks, others = blocks_for("bert", tokenizer), [equal, Widths(ffn=28)]
+    table = shapes(teacher, tokenizer, *blocks, given, count=4, length=16, include=others)
+    assert len(table) == 4 and (table["shape"] == equal.resolved(teacher)).sum() == 1
 
 
 def test_a_sentence_encoder(tokenizer):

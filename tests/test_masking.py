@@ -10,6 +10,7 @@ from hdlib import DistillConfig, Masks, Widths
 from hdlib.checkpoints import load_state
 from hdlib.data import sample
 from hdlib.models import forward
+from hdlib.widths import family_of
 
 from conftest import ARGUMENTS, full, random_batch
 from invariants import close, loss_for, sensitivities
@@ -133,8 +134,19 @@ def test_a_global_quota_ranks_all_layers_together(name, recover):
         assert len(kept["hidden"]) == widths.hidden
     with masks.applied(), torch.no_grad():
         assert not torch.equal(model(random_batch()[0]).logits, random_model(name, layers=3)(random_batch()[0]).logits)
-    with pytest.raises(ValueError, match=r"scope='global'.*no stock class can hold"):
+    with pytest.raises(ValueError, match=r"scope='global'.*no stock class reads"):
         masks.export()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", *full(*(name for name in KINDS if name not in ("bert", "llama")))])
+def test_no_stock_class_has_widths_by_layer(name):
+    """Configs can hold them, but no class of these families reads them. Once one does, a global quota has a student."""
+    config = copy.deepcopy(random_model(name).config)
+    ffn = family_of(config.model_type).ffn
+    config.per_layer_config = {1: {config.attribute_map.get(ffn, ffn): 20}}
+    config.allow_global_per_layer_attribute_access = True  # else the class refuses them
+    groups = hdlib.width_groups(KINDS[name].model(config)).values()
+    assert {group.size for group in groups if group.kind == "ffn"} == {56}
 
 
 def test_an_unknown_scope():
@@ -196,7 +208,7 @@ def test_a_run_with_a_global_quota_has_no_student(teacher, tokenizer, blocks, tm
     config = DistillConfig(**ARGUMENTS, scope="global")
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     assert run.finished and run.metrics["intermediate_size"].iloc[-1] == 28
-    with pytest.raises(FileNotFoundError, match=r"scope='global'.*no stock class can hold.*step_00000024"):
+    with pytest.raises(FileNotFoundError, match=r"scope='global'.*no stock class reads.*step_00000024"):
         run.student()
     state = load_state(run.checkpoints()[-1])
     assert sum(len(state["masks"]["kept"][f"layer.{layer}.ffn"]) for layer in range(2)) == 2 * 28

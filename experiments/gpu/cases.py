@@ -70,8 +70,10 @@ RUNS = {  # what differs from CONFIG
     "attention probabilities, all positions": {"attention_target": "probs", "positions": "all"},
     "held-out measures around prunes": {"eval_prunes": True},
     "rotated and compensated": {"rotate": True, "compensate": True},
+    "fewer layers": {"target": {"layers": 1, "ffn": 32}, "compensate": True, "prune_end": 1.0},
 }
-RESUMED = ("narrowed, platon", "narrowed, random", "masked, neurons return")
+RESUMED = ("narrowed, platon", "narrowed, random", "masked, neurons return", "fewer layers")
+WIDTHS = ("hidden_size", "intermediate_size", "num_layers")  # of the student, in the record of a step
 OPTIMISERS = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-3),
     "AdamW, fused": partial(torch.optim.AdamW, lr=1e-3, fused=True),
@@ -138,7 +140,7 @@ def _run(model: str, options: dict, folder: Path, device: torch.device, **how) -
     records = run.records()
     kept = run.kept if config.initial == "teacher" else {}
     return {
-        "exact": {name: [record[name] for record in records] for name in ("hidden_size", "intermediate_size")},
+        "exact": {name: [record[name] for record in records] for name in WIDTHS},
         "near": {name: [record[name] for record in records if name in record] for name in (*TERMS, "held_out_kl")},
         "kept": kept,
     }

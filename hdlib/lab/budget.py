@@ -15,7 +15,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import compress, product
-from math import inf
 
 import numpy as np
 import pandas as pd
@@ -69,6 +68,7 @@ def shapes(
     count: int = 20,
     length: int = 128,
     multiple_of: int = 1,
+    include: Iterable[Widths] = (),
 ) -> pd.DataFrame:
     """Shapes that use up a budget, the best one first.
 
@@ -80,6 +80,7 @@ def shapes(
         count: number of shapes, at most.
         length: S, tokens of the sequence whose operations are counted and whose forward is timed.
         multiple_of: divides hidden and ffn; 8 or 16 on GPUs.
+        include: shapes to compare with those found, if they are within the budget.
 
     Returns:
         A row a shape: `shape` (Widths), its widths, the costs that a Budget limits, and `predicted`: the held-out KL
@@ -99,14 +100,15 @@ def shapes(
     def row(shape: Widths) -> dict:
         return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, length)
 
-    rows, new, step = {}, ways.straight(), 0.25
+    given = filter(fits, (shape.resolved(teacher) for shape in include))
+    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], 0.25
     while len(rows) < count and step > 0.02:
         rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
         best = min(rows, key=lambda shape: rows[shape]["predicted"])
         new = [shape for shape in ways.beside(best, step) if shape not in rows]
         step = step if new else step / 2
     table = pd.DataFrame(rows.values()).sort_values("predicted", ignore_index=True)
-    within = table[table["milliseconds"] <= budget.limits.get("milliseconds", inf)].reset_index(drop=True)
+    within = table[table[[*budget.limits]].le(budget.limits).all(axis=1)].reset_index(drop=True)
     if not len(within):
         nearest = f"{table['milliseconds'].min():.3g} milliseconds"
         raise ValueError(f"no shape was measured within {budget}: the nearest took {nearest}; lower the other limits")
@@ -117,7 +119,8 @@ def _config(teacher: PreTrainedModel, target: Widths) -> DistillConfig:
     """Of a few steps without an update. The student is the teacher, where distillation terms have no gradient."""
     steps = {"steps": SCORED, "batch_size": BLOCKS, "schedule": "one_shot", "prune_start": 0.0, "prune_end": 1.0}
     weights = dict.fromkeys(("hidden", "attention", "embedding"), 0.0) | {"prediction": float(is_encoder(teacher))}
-    return DistillConfig(target=target, compensate=True, precision="float32", **steps, **weights)
+    recipe = {"scorer": "sensitivity", "compensate": True, "precision": "float32"}  # that of the ledger; cheaper scores
+    return DistillConfig(target=target, **recipe, **steps, **weights)
 
 
 def _changeable(teacher: PreTrainedModel) -> list[str]:

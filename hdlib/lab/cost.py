@@ -16,6 +16,7 @@ from time import perf_counter
 import numpy as np
 import pandas as pd
 import torch
+from scipy.linalg import qr
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -238,10 +239,15 @@ def operations(
 
 
 def fitted_count(count: Callable[[Widths], float], some: Iterable[Widths], wide: Widths) -> Callable[[Widths], float]:
-    """Operations or parameters of any shape, by a linear fit to those of `some`, which differ in all that changes."""
+    """Operations or parameters of any shape, by a linear fit to those of `some`, which differ in all that changes.
+
+    As many are counted as the fit has unknowns.
+    """
     some = list(some)
     products = np.array([_products(shape, wide) for shape in some])  # (shapes, products)
-    weights = np.linalg.lstsq(products, np.array([count(shape) for shape in some], dtype=float))[0]
+    independent = qr(products.T, mode="r", pivoting=True)[1][: np.linalg.matrix_rank(products)]
+    counts = np.array([count(some[each]) for each in independent], dtype=float)
+    weights = np.linalg.lstsq(products[independent], counts)[0]
     return lambda shape: float(_products(shape, wide) @ weights)
 
 
