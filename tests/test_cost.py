@@ -147,7 +147,7 @@ def test_a_projection_adds_up(name, causal):
 )
 def test_every_step_under_masks_costs_as_much_as_the_first(masks):
     teacher = random_model("bert", vocabulary=100)
-    config = DistillConfig(**SMALL, **masks)
+    config = DistillConfig(**SMALL | masks)
     widths, prunes = course(teacher, config)
     assert set(widths) == {Widths.of(teacher)} and len(widths) == 100
     assert [step for step, prune in enumerate(prunes, 1) if prune] == [10, 20, 30, 40, 50, 60, 70], "ranked again"
@@ -177,7 +177,7 @@ def test_a_random_student_is_narrow_from_the_first_step():
 def test_operations_of_the_head_are_at_the_loss_positions(options, loss_positions, teachers):
     teacher = random_model("bert", vocabulary=100)
     each = forward(teacher, Widths.of(teacher), loss_positions)
-    config = DistillConfig(**SMALL, **options)
+    config = DistillConfig(**SMALL | options)
     wide = Widths.of(teacher)
     assert cost.operations(teacher, [wide], config, 16) == {wide: pytest.approx((teachers + 3) * each)}
 

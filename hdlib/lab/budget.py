@@ -119,8 +119,8 @@ def _config(teacher: PreTrainedModel, target: Widths) -> DistillConfig:
     """Of a few steps without an update. The student is the teacher, where distillation terms have no gradient."""
     steps = {"steps": SCORED, "batch_size": BLOCKS, "schedule": "one_shot", "prune_start": 0.0, "prune_end": 1.0}
     weights = dict.fromkeys(("hidden", "attention", "embedding"), 0.0) | {"prediction": float(is_encoder(teacher))}
-    recipe = {"scorer": "sensitivity", "compensate": True, "precision": "float32"}  # that of the ledger; cheaper scores
-    return DistillConfig(target=target, **recipe, **steps, **weights)
+    # The recipe of the ledger's correlation: sensitivity is also cheaper than reconstruction.
+    return DistillConfig.paper(target=target, compensate=True, precision="float32", **steps, **weights)
 
 
 def _changeable(teacher: PreTrainedModel) -> list[str]:
