@@ -282,7 +282,7 @@ def resume(teacher: PreTrainedModel, widths: Widths, batch, folder: Path) -> Non
 
 
 def _training(teacher, widths: Widths, batch, resumed: hdlib.Run | None = None) -> Training:
-    config = DistillConfig(steps=8, batch_size=len(batch[0]), target=widths, warmup=0.0, precision="float32")
+    config = DistillConfig.paper(steps=8, batch_size=len(batch[0]), target=widths, warmup=0.0, precision="float32")
     return Training.begin(teacher, widths, None, config, resumed)
 
 

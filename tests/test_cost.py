@@ -187,7 +187,7 @@ def test_counts_at_some_shapes_give_the_others(name):
     teacher = random_model(name, heads=8, head_dim=16, ffn=400, hidden=128, vocabulary=100)
     target = Widths.at(teacher, 0.3)
     target = replace(target, layers=1) if KINDS[name].deep else target
-    config = DistillConfig(steps=1000, target=target, prune_every=1)
+    config = DistillConfig.paper(steps=1000, target=target, prune_every=1)
     shapes = sorted(set(course(teacher, config)[0]), key=astuple)
     found = cost.operations(teacher, shapes, config, 16)
     assert len(shapes) > 100 and found.keys() == set(shapes)

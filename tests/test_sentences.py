@@ -237,7 +237,7 @@ def test_moments_and_rotation_of_real_tokens_only(name):
 @pytest.fixture(scope="module")
 def run(tokenizer, data, tmp_path_factory):
     teacher = random_encoder("bert", vocabulary=len(tokenizer))
-    config = DistillConfig(**ARGUMENTS, similarity=1.0, temperature=0.1, rotate=True, compensate=True)
+    config = DistillConfig(**ARGUMENTS | {"similarity": 1.0, "temperature": 0.1, "rotate": True, "compensate": True})
     return teacher, hdlib.distill(teacher, tokenizer, *data, config, tmp_path_factory.mktemp("run"))
 
 
