@@ -204,6 +204,7 @@ def test_the_notebook_runs_the_exported_settings(widget, tmp_path, text_file):
     assert DistillConfig(**ran["config"]) == widget.config and ran["blocks"]["length"] == 16
 
 
+@pytest.mark.full  # the projection itself is tested in test_cost
 def test_time_and_memory_are_measured_on_this_machine(widget, monkeypatch):
     monkeypatch.setattr(hdlib.lab.cost, "STEPS", 6)
     button = widget.buttons["measure"]

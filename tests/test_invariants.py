@@ -55,7 +55,7 @@ def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
     invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant and has no gradient
 def test_random_shapes(tmp_path_factory, drawn):
     _, model, widths = drawn
