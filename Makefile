@@ -22,7 +22,7 @@ setup: .venv/installed
 
 quickstart: setup
 	mkdir -p runs
-	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 400
+	$(BIN)/papermill --cwd notebooks notebooks/00_quickstart.ipynb runs/00_quickstart.ipynb -p steps 240
 	@echo "Executed notebook: runs/00_quickstart.ipynb (make lab opens JupyterLab)"
 
 test: setup

@@ -96,7 +96,7 @@ SMALLER = {  # than their defaults
 def test_teaching_notebooks_run(path, tmp_path):
     result, _ = execute(path, tmp_path, runs=str(tmp_path), **SMALLER.get(path.stem, {}))
     if path.stem == "00_quickstart":
-        assert result["encoder_parameters_ratio"] <= 0.15
+        assert result["encoder_parameters_ratio"] <= 0.3
         assert result["largest_logit_difference_stock"] <= 1e-5
         assert 0 < result["held_out_kl"] < 10
     elif path.stem == "05_explore":
