@@ -63,6 +63,7 @@ class Training:
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
         self.stop_requested, self._module = False, None
+        self._batch: dict[str, Tensor] = {}  # of this step
         self._leaving: int | None = None  # the student's layer that is faded out
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
         self.pool_as_teacher()
@@ -114,7 +115,7 @@ class Training:
 
         With several processes, "stop_requested" is the number of those whose stop was requested.
         """
-        sums, processes = Counter(), PartialState().num_processes
+        self._batch, sums, processes = batch, Counter(), PartialState().num_processes
         label_count = int(batch.get("label_count", 0))
         parts = [*micro_batches(batch, self.config.micro_batch_size)]
         self._module = self._module or self._one_module(parts[0][0])
@@ -241,9 +242,11 @@ class Training:
         """Remove neurons and layers from the student and from all that is trained with it."""
         shape, faded = self.widths, f"layer.{self._leaving}."
         scores = {name: score - score.max() - 1 if name.startswith(faded) else score for name, score in scores.items()}
-        if self.compensation is not None:
-            self.compensation.apply(self.student, self.loss, choose(scores, shape, widths, source_layers(self.student)))
-        kept = narrow(self.student, widths, scores, self.optimizer)
+        kept = choose(scores, shape, widths, source_layers(self.student))
+        with (
+            self.compensation.around(self.student, self.loss, kept, self._batch) if self.compensation else nullcontext()
+        ):
+            narrow(self.student, widths, scores, self.optimizer)
         self.importance.narrow(kept)
         self.loss.narrow(kept, self.optimizer)
         if self._kept:
