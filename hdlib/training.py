@@ -243,19 +243,18 @@ class Training:
         shape, faded = self.widths, f"layer.{self._leaving}."
         scores = {name: score - score.max() - 1 if name.startswith(faded) else score for name, score in scores.items()}
         kept = choose(scores, shape, widths, source_layers(self.student))
-        with (
-            self.compensation.around(self.student, self.loss, kept, self._batch) if self.compensation else nullcontext()
-        ):
+        around = self.compensation and self.compensation.around(self.student, self.loss, kept, self._batch)
+        with around or nullcontext():
             narrow(self.student, widths, scores, self.optimizer)
+            self.loss.narrow(kept, self.optimizer)
+            self.pool_as_teacher()
         self.importance.narrow(kept)
-        self.loss.narrow(kept, self.optimizer)
         if self._kept:
             names = renumbered(kept, {layer: self.layers[layer] for layer in kept[LAYERS].tolist()})
             self._kept = {name: self._kept[name][indices.cpu()] for name, indices in names.items()}
         if shape.layers > widths.layers:
             self._leaving = None
         self._module = None
-        self.pool_as_teacher()
 
     def synchronise(self) -> None:
         """Share out the moments over all processes. Raise Diverged in all if the weights of one are not the first's."""
