@@ -10,7 +10,7 @@ Shapes: N tokens, D neurons that a layer reads, K kept and P removed ones among 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .families import FFN, HIDDEN, VALUE
 from .losses import DistillationLoss
-from .models import base_model, base_name, forward
+from .models import base_model, base_name
 from .narrowing import kept_indices, sites_of
 from .precision import doubled
 from .widths import LAYERS, Axis, Block, axes_of, compared_states, new_numbers, renumbered, width_groups
@@ -33,7 +33,6 @@ DECAY = 0.9  # weight of the past moments at each step
 WINDOW = 4  # steps before a prune whose batches give moments
 RIDGE = 1e-6  # of the mean square of the kept neurons; a fold of neurons that others express stays exact
 RIDGE_OF_FEW = 1e-2  # for moments of fewer tokens than ENOUGH
-FITTED = 512  # tokens to which the norms are fitted
 ENOUGH = 50  # tokens for each neuron: fewer are often alike, and an exact fit of them does not carry over
 STATES = "hidden_states"  # what the projections of the loss read, by number
 LAST = f"{STATES}.last"  # what the head reads
@@ -134,41 +133,22 @@ class Compensation:
                 errors[block.group] = errors.get(block.group, 0.0) + error
         return {group: error.float() for group, error in errors.items()}
 
-    @contextmanager
     @torch.no_grad()
-    def around(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor], batch) -> Iterator[None]:
-        """Around `hdlib.narrow` to the neurons `kept`, which then changes outputs and projections little.
-
-        Readers and projections are folded before, the norms are fitted after. batch: `input_ids` and, with padding,
-        `attention_mask`, (B, S) each; its first FITTED tokens are read.
-        """
-        layers, rows = self._layers or _Layers.of(model), -(-FITTED // batch["input_ids"].shape[1])
-        batch = {name: batch[name][:rows].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
-        outputs: dict[str, list[Tensor]] = {}
-
-        def keep(name: str, _norm, _inputs, output: Tensor) -> None:
-            outputs.setdefault(name, []).append(output)
-
-        _with_hooks(model, dict.fromkeys(layers.norms, keep), batch)
-        source, targets = self._source, self._fold(model, layers, loss, kept)
-        for name, states in outputs.items():
-            target, own = targets.get(source.get(name)), kept_indices(layers.norms[name], kept).to(model.device)
-            outputs[name] = [each[..., own] if target is None else each @ target.to(each).T for each in states]
-        yield
-        _fit_norms(model, renumbered(outputs, new_numbers(kept)), batch)
-
-    @torch.no_grad()
-    def _fold(self, model: PreTrainedModel, layers: _Layers, loss: DistillationLoss, kept) -> dict[str, Tensor]:
-        """Fold readers and projections, in place. Returns for the moments of a tied decoder what it should read."""
+    def apply(self, model: PreTrainedModel, loss: DistillationLoss, kept: dict[str, Tensor]) -> None:
+        """Change weights so that `hdlib.narrow` to the neurons `kept` changes outputs and projections little."""
+        layers = self._layers or _Layers.of(model)
         axes = layers.readers | layers.tied | layers.norms
         axes |= {name: layers.hidden for name in self._source if name.startswith(STATES)}
         fits = _Fits(self._moments, self._source, axes, kept)
         for name in filter(fits.narrows, layers.readers):
             bias = model.get_submodule(name).bias
             fold(reader_weight(model, name), bias, *fits.fit(name, centred=bias is not None))
-        targets = {}  # before a decoder that shares its weights with the embedding: they cannot be folded
+        targets = {}  # of the norm before a decoder that shares its weights with the embedding: they cannot be folded
         for name in filter(fits.narrows, layers.tied):
             targets[self._source[name]] = expressed(model.get_submodule(name), fits.means(name)[0], fits.indices(name))
+        for name in filter(fits.narrows, layers.norms):
+            target = targets.get(self._source[name])
+            refit_norm(model.get_submodule(name), *fits.means(name), fits.indices(name), target)
         for state, projection in enumerate([loss.embedding_projection, *loss.hidden_projections]):
             if fits.narrows(name := f"{STATES}.{state}."):
                 fold(projection, None, *fits.fit(name, centred=False))
@@ -176,7 +156,6 @@ class Compensation:
         if len(kept[LAYERS]) < len(loss.heads):
             self._keep_layers(kept, compared_states(kept[LAYERS].tolist(), len(loss.heads)))
         self._layers = None
-        return targets
 
     def _keep_layers(self, kept: dict[str, Tensor], states: list[int]) -> None:
         """Renumber the moments of layers that stay; layers that shared some may follow another layer from now on."""
@@ -312,53 +291,36 @@ def expressed(decoder: nn.Linear, mean: Tensor, kept: Tensor) -> Tensor:
     return targets
 
 
-def _fit_norms(model: PreTrainedModel, targets: dict[str, list[Tensor]], batch: dict[str, Tensor]) -> None:
-    """Fit scale and shift of every norm to its targets, one tensor for each call, in the order of the forward pass.
+def refit_norm(norm: nn.Module, mean: Tensor, products: Tensor, kept: Tensor, targets: Tensor | None = None) -> None:
+    """Scale and shift of a norm over the kept neurons for which its output is nearest to `targets` x, in place.
 
-    Each norm reads what those before it give once they are fitted, so that the errors of a prune do not add up along
-    the layers. In several processes all fit the same.
+    A norm divides by a deviation that changes with the set of neurons. Only the moments of its output x are known, so
+    that deviation is taken as equal for all tokens. targets (K, D); None: its output of before.
     """
-    sums, lines = dict.fromkeys(targets, 0.0), {}  # an ALBERT calls a norm once for each layer
-
-    def fit(name: str, norm: nn.Module, _inputs, output: Tensor) -> Tensor:
-        pair = (real_tokens(each, batch.get("attention_mask")) for each in (output, targets[name].pop(0)))
-        sums[name] = sums[name] + reduce(sums_of_pair(*map(doubled, pair)), "sum")
-        lines[name] = scale, shift = [each.to(output) for each in line(sums[name], _shift(norm) is not None)]
-        return output * scale + shift
-
-    _with_hooks(model, dict.fromkeys(targets, fit), batch)
-    for name, (scale, shift) in lines.items():
-        norm = model.get_submodule(name)
-        norm.weight.mul_(scale)
-        if _shift(norm) is not None:
-            norm.bias.mul_(scale).add_(shift)
-
-
-def sums_of_pair(states: Tensor, targets: Tensor) -> Tensor:
-    """(5, K) from (N, K) each: the number of tokens, and sums over them of x, of y, of x x and of x y."""
-    return torch.stack([torch.ones_like(states), states, targets, states.square(), states * targets]).sum(1)
-
-
-def line(sums: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (K,) each, with which x is nearest to y; a constant x keeps its scale. sums (5, K)."""
-    tokens, x, y, squares, products = sums
-    centre = x / tokens * shifted
-    variance = squares - centre * x
-    varies = variance > torch.finfo(torch.float32).eps * squares
-    scale = torch.where(varies, (products - centre * y) / variance, 1.0)
-    return scale, shifted * (y - scale * x) / tokens
-
-
-def _shift(norm: nn.Module) -> nn.Parameter | None:
-    return getattr(norm, "bias", None)
-
-
-def _with_hooks(model: PreTrainedModel, after: dict[str, Callable], batch: dict[str, Tensor]) -> None:
-    """Run a model, its head on all tokens, with a hook after each module that is named."""
-    with ExitStack() as hooks:
-        for name, hook in after.items():
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(hook, name)))
-        forward(model, positions=torch.arange(batch["input_ids"].numel(), device=model.device), **batch)
+    kept, layer_norm = kept.to(mean.device), isinstance(norm, nn.LayerNorm)
+    shifted = layer_norm and norm.bias is not None
+    scale, shift = norm.weight.to(mean)[kept], norm.bias.to(mean)[kept] if shifted else torch.zeros_like(mean[kept])
+    inverse = torch.where(scale.abs() > 1e-4 * scale.abs().max(), 1 / scale, 0.0)  # x = scale n + shift, n normed
+    center = mean if shifted else torch.zeros_like(mean)
+    covariance = products - torch.outer(center, center)
+    own = covariance[kept][:, kept] * torch.outer(inverse, inverse)  # of n
+    with_targets = covariance[kept][:, kept] if targets is None else covariance[kept] @ targets.T
+    with_targets = inverse[:, None] * with_targets  # of n_j and target i
+    of_n = (mean[kept] - shift) * inverse
+    second = products[kept][:, kept] * torch.outer(inverse, inverse) if not shifted else own + torch.outer(of_n, of_n)
+    deviation = second.diagonal().mean()
+    if layer_norm:  # the mean over neurons is subtracted
+        deviation = deviation - second.mean()
+        of_n = of_n - of_n.mean()
+        own_of = own.diagonal() - 2 * own.mean(1) + own.mean()
+        with_own = with_targets.diagonal() - with_targets.mean(0)
+    else:
+        own_of, with_own = own.diagonal(), with_targets.diagonal()
+    new = deviation.sqrt() * with_own / own_of.clamp(min=torch.finfo(own.dtype).tiny)
+    norm.weight[kept] = new.to(norm.weight)
+    if shifted:
+        mean_target = mean[kept] if targets is None else targets @ mean
+        norm.bias[kept] = (mean_target - new * of_n / deviation.sqrt()).to(norm.bias)
 
 
 def reader_weight(model: PreTrainedModel, name: str) -> Tensor:

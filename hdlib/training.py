@@ -63,7 +63,6 @@ class Training:
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
         self.stop_requested, self._module = False, None
-        self._batch: dict[str, Tensor] = {}  # of this step
         self._leaving: int | None = None  # the student's layer that is faded out
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
         self.pool_as_teacher()
@@ -115,7 +114,7 @@ class Training:
 
         With several processes, "stop_requested" is the number of those whose stop was requested.
         """
-        self._batch, sums, processes = batch, Counter(), PartialState().num_processes
+        sums, processes = Counter(), PartialState().num_processes
         label_count = int(batch.get("label_count", 0))
         parts = [*micro_batches(batch, self.config.micro_batch_size)]
         self._module = self._module or self._one_module(parts[0][0])
@@ -242,19 +241,18 @@ class Training:
         """Remove neurons and layers from the student and from all that is trained with it."""
         shape, faded = self.widths, f"layer.{self._leaving}."
         scores = {name: score - score.max() - 1 if name.startswith(faded) else score for name, score in scores.items()}
-        kept = choose(scores, shape, widths, source_layers(self.student))
-        around = self.compensation and self.compensation.around(self.student, self.loss, kept, self._batch)
-        with around or nullcontext():
-            narrow(self.student, widths, scores, self.optimizer)
-            self.loss.narrow(kept, self.optimizer)
-            self.pool_as_teacher()
+        if self.compensation is not None:
+            self.compensation.apply(self.student, self.loss, choose(scores, shape, widths, source_layers(self.student)))
+        kept = narrow(self.student, widths, scores, self.optimizer)
         self.importance.narrow(kept)
+        self.loss.narrow(kept, self.optimizer)
         if self._kept:
             names = renumbered(kept, {layer: self.layers[layer] for layer in kept[LAYERS].tolist()})
             self._kept = {name: self._kept[name][indices.cpu()] for name, indices in names.items()}
         if shape.layers > widths.layers:
             self._leaving = None
         self._module = None
+        self.pool_as_teacher()
 
     def synchronise(self) -> None:
         """Share out the moments over all processes. Raise Diverged in all if the weights of one are not the first's."""

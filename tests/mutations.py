@@ -30,7 +30,7 @@ NEAREST = {
     "models": "losses causal teachers",
     "narrowing": "scorers teeth layers invariants widths robustness",
     "precision": "precision invariants",
-    "reconstruction": "reconstruction layers processes sentences",
+    "reconstruction": "reconstruction layers",
     "rotation": "reconstruction",
     "runs": "neurons loop faults",
     "schedules": "schedules",
@@ -215,11 +215,8 @@ MUTATIONS = [
     ),
     ("reconstruction", "bias += (constant @ lost).to(bias)", "bias += 0.5 * (constant @ lost).to(bias)"),
     ("reconstruction", "read[of_head[0]] = read[LAST]", "pass"),
-    ("reconstruction", "return output * scale + shift", "return output"),
-    ("reconstruction", "centre = x / tokens * shifted", "centre = 0.0 * x"),
-    ("reconstruction", 'reduce(sums_of_pair(*map(doubled, pair)), "sum")', "sums_of_pair(*map(doubled, pair))"),
+    ("reconstruction", "deviation = deviation - second.mean()", "pass"),
     ("reconstruction", "base is None or base.numel() > states.numel()", "True"),
-    ("reconstruction", 'real_tokens(each, batch.get("attention_mask"))', "each.flatten(0, -2)"),
     ("rotation", "of_key = values / scale *", "of_key = values *"),
 ]
 

@@ -42,7 +42,7 @@ CHOICES = {
     "under masks": PAPER | {"masked": True, "scorer": "magnitude", "precision": "float32", "eval_every": 7},
     "from scratch": {"initial": "random", "schedule": "one_shot", "learning_rate": 1e-6},
 }
-SOME = {"a shape", "whole heads"}  # in the default set
+SOME = {"a shape"}  # in the default set
 
 
 def choose(widget, **values):

@@ -24,7 +24,7 @@ from models import KINDS, models_and_widths, narrower, random_model
 from reference import Doubles, masked
 
 RATIOS = (0.9, 0.5, 0.29)
-TRAINED = ("bert untied", "albert, two groups", "gpt2", "qwen2")  # twenty times, by default
+TRAINED = ("albert, two groups", "gpt2", "qwen2")  # twenty times, by default
 
 
 def cases() -> Iterator:

@@ -261,8 +261,8 @@ def test_moments_of_the_layers_that_stay():
     before = {layer: read(f"bert.encoder.layer.{layer}.attention.self.query") for layer in range(4)}
     states = {state: read(f"hidden_states.{state}.") for state in range(5)}
     kept = choose(without(model, 1, 3), Widths.of(model), widths, source_layers(model))
-    with compensation.around(model, loss, kept, {"input_ids": input_ids}):
-        hdlib.narrow(model, widths, without(model, 1, 3))
+    compensation.apply(model, loss, kept)
+    hdlib.narrow(model, widths, without(model, 1, 3))
     loss.narrow(kept)
     assert torch.equal(read("bert.encoder.layer.1.attention.self.query"), before[2])
     assert all(torch.equal(read(f"hidden_states.{new}."), states[old]) for new, old in enumerate((0, 1, 4)))
@@ -271,9 +271,7 @@ def test_moments_of_the_layers_that_stay():
         forward(model, input_ids)
     assert compensation._moments.keys() == {*compensation._source.values()}
     narrower = Widths.at(model, 0.5)
-    again = choose(without(model), widths, narrower, source_layers(model))
-    with compensation.around(model, loss, again, {"input_ids": input_ids}):
-        hdlib.narrow(model, narrower, without(model))
+    compensation.apply(model, loss, choose(without(model), widths, narrower, source_layers(model)))
 
 
 def test_an_encoder_that_fades_is_no_copy(tokenizer, tmp_path):

@@ -69,7 +69,7 @@ def test_a_run_from_start_to_end(teacher, tokenizer, blocks, config, tmp_path):
 @pytest.mark.parametrize(("weights", "share"), [({}, 1.0), *full((dict.fromkeys(("mlm", *STATES), 0.0), 0.5))])
 def test_distillation_learns(weights, share, teacher, tokenizer, blocks, tmp_path):
     """A trained student is closer to the teacher than a narrowed one, much closer if KL is the only term."""
-    config = DistillConfig(**ARGUMENTS | {"steps": 200, "eval_every": 200, "checkpoint_every": 200} | weights)
+    config = DistillConfig(**ARGUMENTS | {"steps": 120, "eval_every": 120, "checkpoint_every": 120} | weights)
     run = hdlib.distill(teacher, tokenizer, *blocks, config, tmp_path)
     bare = hdlib.models.student_of(teacher)
     hdlib.narrow(bare, Widths.at(teacher, 0.5))

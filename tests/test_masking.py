@@ -217,7 +217,7 @@ def test_a_run_with_a_global_quota_has_no_student(teacher, tokenizer, blocks, tm
 
 
 @pytest.mark.parametrize(
-    "options", [{"recover": True}, {"scorer": "platon"}, *full({"masked": True}, {"scorer": "movement"})]
+    "options", [{"recover": True}, *full({"scorer": "platon"}, {"masked": True}, {"scorer": "movement"})]
 )
 def test_resumed_is_undisturbed(teacher, tokenizer, blocks, tmp_path, options):
     config = DistillConfig(**ARGUMENTS | options)

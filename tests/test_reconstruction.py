@@ -2,9 +2,7 @@
 
 import copy
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,13 +15,13 @@ import hdlib
 from hdlib import DistillConfig, Widths
 from hdlib.models import forward, student_of
 from hdlib.narrowing import choose
-from hdlib.reconstruction import RIDGE, RIDGE_OF_FEW, Compensation, Moments, _Layers, regression
+from hdlib.reconstruction import RIDGE, RIDGE_OF_FEW, Compensation, Moments, _Layers, refit_norm, regression
 from hdlib.rotation import rotate_heads
 from hdlib.widths import all_neurons, source_layers, width_groups
 
 from conftest import ARGUMENTS, full, random_batch, random_bert
 from invariants import close, loss_for, sensitivities
-from models import KINDS, random_encoder, random_model
+from models import KINDS, random_model
 from test_loop import weights
 
 SOME = ("bert", "deberta-v2", "gpt2", "albert")
@@ -120,7 +118,7 @@ def test_every_reader_against_numpy(kind):
     kept = choose(scores, Widths.of(model), Widths.at(model, 0.5), source_layers(model))
     axes = _Layers.of(model).readers
     before = {name: copy.deepcopy(model.get_submodule(name)) for name in axes}
-    observed(model)._fold(model, _Layers.of(model), loss_for(model), kept)
+    observed(model).apply(model, loss_for(model), kept)
     checked = 0
     for name, (block,) in axes.items():
         module, x = model.get_submodule(name), read[name].flatten(0, -2).double().numpy()
@@ -183,9 +181,9 @@ def test_a_fold_of_nothing_changes_nothing(kind):
     model = random_model(kind).eval()
     before, loss = copy.deepcopy(model), loss_for(model)
     compensation = observed(model)
-    kept = choose(sensitivities(model, random_batch()), *2 * [Widths.of(model)], source_layers(model))
-    with compensation.around(model, loss, kept, {"input_ids": rows()}):
-        pass
+    compensation.apply(
+        model, loss, choose(sensitivities(model, random_batch()), *2 * [Widths.of(model)], source_layers(model))
+    )
     for one, other in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -203,7 +201,7 @@ def test_neurons_that_others_express_are_removed_without_a_trace():
             kept[f"layer.{number}.value_output"] = torch.arange(2 * heads * half).view(heads, -1)[:, :half].flatten()
         expected = model(rows()).logits
         sliced = copy.deepcopy(model)
-        observed(model)._fold(model, _Layers.of(model), loss_for(model), kept)
+        observed(model).apply(model, loss_for(model), kept)
         for each in (sliced, model):
             for layer in each.bert.encoder.layer:
                 layer.attention.output.dense.weight.unflatten(1, (heads, -1))[:, :, half:] = 0.0
@@ -220,13 +218,11 @@ def test_a_compensated_prune_is_nearer_to_the_model_before(kind):
     widths = replace(Widths.at(model, 0.5), ffn=Widths.of(model).ffn)
     kept = choose(scores, Widths.of(model), widths, source_layers(model))
     sliced, sliced_loss = student_of(model), copy.deepcopy(loss)
-    sliced_loss.narrow(hdlib.narrow(sliced, widths, scores))
-    with compensation.around(folded := student_of(model), loss, kept, {"input_ids": rows()}):
-        hdlib.narrow(folded, widths, scores)
-    loss.narrow(kept)
+    compensation.apply(folded := student_of(model), loss, kept)
     errors = {}
     labels = torch.where(torch.rand(200, 16, generator=torch.Generator().manual_seed(0)) < 0.3, rows(), -100)
     for name, student, its_loss in (("sliced", sliced, sliced_loss), ("folded", folded, loss)):
+        its_loss.narrow(hdlib.narrow(student, widths, scores))
         assert Widths.of(student) == widths
         with torch.no_grad():
             terms = its_loss(forward(student, rows()), forward(model, rows()), labels)
@@ -243,17 +239,13 @@ def test_moments_follow_a_prune():
     before = dict(compensation._moments)
     scores, widths = sensitivities(model, random_batch()), Widths.at(model, 0.75)
     kept = choose(scores, Widths.of(model), widths, source_layers(model))
-    with compensation.around(model, loss, kept, {"input_ids": rows()}):
-        hdlib.narrow(model, widths, scores)
+    compensation.apply(model, loss, kept)
     name = "bert.encoder.layer.0.attention.output.dense"
     own = kept["layer.0.value_output"]
     assert torch.equal(compensation._moments[name].products, before[name].products[own][:, own])
-    loss.narrow(kept)
-    scores, widths = sensitivities(model, random_batch()), Widths.at(random_bert(), 0.5)
-    again = choose(scores, Widths.of(model), widths, source_layers(model))
-    with compensation.around(model, loss, again, {"input_ids": rows()}):  # without new moments
-        hdlib.narrow(model, widths, scores)
-    assert Widths.of(model) == widths
+    hdlib.narrow(model, widths, scores)
+    again = choose(sensitivities(model, random_batch()), widths, Widths.at(random_bert(), 0.5), source_layers(model))
+    compensation.apply(model, loss, again)  # without a new forward pass
 
 
 def test_compensated_runs(teacher, tokenizer, blocks, tmp_path):
@@ -303,51 +295,29 @@ def test_the_head_gives_moments_of_all_tokens():
     assert compensation._moments[source].tokens == rows(8).numel()
 
 
-def outputs_of_norms(model, input_ids) -> dict[str, np.ndarray]:
-    """(N, D) each."""
-    outputs = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for name in _Layers.of(model).norms:
-            keep = partial(lambda name, _module, _inputs, output: outputs.update({name: output}), name)
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
-        model(input_ids)
-    return {name: output.flatten(0, -2).double().numpy() for name, output in outputs.items()}
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_last_norm_aims_at_a_tied_decoder(kind):
+    """It shares the moments of the decoder, though the base of a GPT-2 returns a view of what its last norm gives."""
+    model = random_model(kind).eval()
+    layers, source = _Layers.of(model), observed(model)._source
+    assert source[[*layers.norms][-1]] == source[next(iter(layers.tied))]
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "modernbert"])
-def test_every_norm_is_fitted_to_what_it_gave(kind):
-    """For each neuron the line through what a norm gives, from what it gave before the prune, is the identity.
-
-    The last one, before a tied decoder, gives the states whose logits are nearest to those of before.
-    """
-    model, input_ids = random_model(kind).eval(), rows(32)
-    loss, compensation, before = loss_for(model), observed(model), outputs_of_norms(model, input_ids)
-    scores, widths = sensitivities(model, random_batch()), Widths.at(model, 0.5)
-    kept = choose(scores, Widths.of(model), widths, source_layers(model))
-    decoder = model.get_output_embeddings().weight.detach().double().numpy()
-    with compensation.around(model, loss, kept, {"input_ids": input_ids}):
-        hdlib.narrow(model, widths, scores)
-    *_, last = after = outputs_of_norms(model, input_ids)
-    of_last = np.linalg.lstsq(decoder[:, kept["hidden"]], decoder, rcond=None)[0]  # (K, D)
-    assert len(after) > 3
-    for name, states in after.items():
-        tied = name == last and model.config.tie_word_embeddings
-        targets = before[name] @ of_last.T if tied else before[name][:, kept["hidden"]]
-        ones = [np.ones(len(states))] if getattr(model.get_submodule(name), "bias", None) is not None else []
-        for found, wanted in zip(states.T, targets.T, strict=True):
-            fitted = np.linalg.lstsq(np.stack([found, *ones], 1), wanted, rcond=None)[0]
-            np.testing.assert_allclose(fitted, [1.0, 0.0][: len(fitted)], atol=1e-3, err_msg=name)
-
-
-def test_norms_are_fitted_to_real_tokens_only():
-    """What stands in padding changes no weight."""
-    model, found = random_encoder("bert"), []
-    scores, widths = {name: torch.arange(group.size) for name, group in width_groups(model).items()}, Widths(hidden=16)
-    kept = choose(scores, Widths.of(model), widths.resolved(model), source_layers(model))
-    mask = torch.arange(16).expand(8, 16) < torch.tensor([16, 9] * 4)[:, None]
-    for padding in (0, 7):
-        student, batch = student_of(model), {"input_ids": rows(8).where(mask, padding), "attention_mask": mask.long()}
-        with Compensation().around(student, loss_for(student), kept, batch):
-            hdlib.narrow(student, widths, scores)
-        found.append([*student.parameters()])
-    assert all(map(torch.equal, *found))
+def test_a_refit_norm_against_numpy():
+    """Scale and shift of least squares, with one deviation for all tokens; the kept neurons have a common mean."""
+    draw, kept = np.random.default_rng(0), [0, 2, 3]
+    z = draw.normal(size=(400, 6)) + np.array([3.0, -3.0, 3.5, 2.5, -3.0, -3.0])
+    n = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+    norm = torch.nn.LayerNorm(6).double()
+    scale, shift = draw.normal(size=6), draw.normal(size=6)
+    norm.load_state_dict({"weight": torch.tensor(scale), "bias": torch.tensor(shift)})
+    y = n * scale + shift
+    with torch.no_grad():
+        refit_norm(norm, *Moments.of(torch.tensor(y)).means(), torch.tensor(kept))
+    own = n[:, kept] - n[:, kept].mean(1, keepdims=True)
+    deviation, change, target = np.sqrt((own**2).mean()), own - own.mean(0), y[:, kept] - y[:, kept].mean(0)
+    new = deviation * (change * target).mean(0) / (change**2).mean(0)
+    np.testing.assert_allclose(norm.weight.detach()[kept], new, rtol=1e-6)
+    np.testing.assert_allclose(
+        norm.bias.detach()[kept], y[:, kept].mean(0) - new * own.mean(0) / deviation, rtol=1e-6, atol=1e-9
+    )
