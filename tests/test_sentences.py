@@ -25,6 +25,7 @@ from hdlib.config import ENCODER_TERMS, PAPER
 from hdlib.data import Sentences, TrainingBatches, micro_batches, sample
 from hdlib.discrepancy import embedding_measures
 from hdlib.downstream import load_pairs, retrieval, sts
+from hdlib.lab import baselines
 from hdlib.lab.export import save_sentence_encoder, to_onnx
 from hdlib.losses import embedding_loss, similarity_loss
 from hdlib.models import forward, student_of
@@ -641,3 +642,33 @@ def test_sts_and_retrieval_by_hand(tmp_path):
         load_pairs(tmp_path)
     model = partial(encode)
     assert retrieval(model, model, pairs)["recall_10"] == 1.0
+
+
+# --- what a small encoder is compared with
+
+
+def test_an_encoder_of_fewer_layers_is_trained_again(tokenizer, data):
+    teacher = random_encoder("bert", vocabulary=len(tokenizer), layers=3)
+    student = baselines.keep_layers(teacher, 2)
+    for new, old in enumerate((0, 2)):
+        pairs = zip(student.encoder.layer[new].parameters(), teacher.encoder.layer[old].parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    wanted, before = baselines.embed(teacher, data[1]), baselines.embed(student, data[1])
+    baselines.distil_embeddings(student, teacher, data[0], steps=20, batch_size=8, learning_rate=1e-3)
+    assert (baselines.embed(student, data[1]) - wanted).norm() < 0.8 * (before - wanted).norm()
+
+
+def test_fewer_dimensions_against_numpy(encoder, data):
+    train, held_out = (baselines.embed(encoder, part).double().numpy() for part in data)
+    smaller = baselines.embed(baselines.fewer_dimensions(encoder, data[0], 0.25), data[1]).double().numpy()
+    axes = np.linalg.svd(train - train.mean(0), full_matrices=False)[2][:6]
+    expected = held_out @ axes.T / np.linalg.norm(held_out @ axes.T, axis=1, keepdims=True)
+    np.testing.assert_allclose(smaller @ smaller.T, expected @ expected.T, atol=1e-4)  # up to the signs of the axes
+
+
+def test_search_and_latency_of_two_encoders(encoder, data):
+    embeddings, texts = baselines.embed(encoder, data[1]), [f"text {number}" for number in range(len(data[1]))]
+    table = baselines.search({"first": embeddings[3], "other": -embeddings[3]}, embeddings, texts)
+    assert table["first"][1] == "1.00 text 3" and "1.00 text 3" not in table["other"].tolist()
+    times = baselines.latency({"one": encoder, "two": student_of(encoder)}, data[1], batch_size=4, repeats=2)
+    assert times.keys() == {"one", "two"} and all(0 < each < 1e4 for each in times.values())

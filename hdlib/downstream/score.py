@@ -148,9 +148,9 @@ def _train_once(
     return stored["found"]
 
 
-def summary(table: pd.DataFrame, measure: str = "score") -> pd.DataFrame:
+def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Models by tasks as text: median over the seeds in per cent [lowest, highest]; one value for a baseline."""
-    cells = table.groupby(["model", "task"], sort=False)[measure].agg(_spread)
+    cells = table.groupby(["model", "task"], sort=False)["score"].agg(_spread)
     return cells.unstack("task").loc[table["model"].unique(), table["task"].unique()]
 
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import pandas as pd
 import torch
@@ -29,7 +27,7 @@ from ..losses import embedding_loss
 from ..models import forward, load_teacher, trainable
 from ..sentences import Dense, encode
 from ..widths import spaced_layers
-from .cost import parameters
+from .cost import WARM_UP, parameters, timed
 from .export import save_sentence_encoder
 
 
@@ -77,9 +75,9 @@ def fewer_layers(teacher, train: Sentences, ratio: float, **recipe) -> PreTraine
     return distil_embeddings(keep_layers(teacher, layers), teacher, train, **recipe)
 
 
-def fewer_dimensions(teacher, train: Sentences, ratio: float, seed: int = 0) -> PreTrainedModel:
+def fewer_dimensions(teacher, train: Sentences, ratio: float) -> PreTrainedModel:
     """A teacher whose embeddings have `ratio` of their dimensions, by PCA of those of 2,000 sentences."""
-    embeddings = embed(teacher, sample(train, 2000, seed))  # (N, E)
+    embeddings = embed(teacher, sample(train, 2000))  # (N, E)
     _, _, components = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
     projection = Dense(components[: max(1, round(ratio * embeddings.shape[1]))])
     smaller, pooling = deepcopy(teacher), teacher.sentence_pooling
@@ -99,9 +97,9 @@ def saved(folder: str, tokenizer, build: Callable[[], PreTrainedModel] | None) -
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, sentences: Sentences, batch_size: int = 32) -> Tensor:
+def embed(model: PreTrainedModel, sentences: Sentences) -> Tensor:
     """Embeddings (N, E) of sentences."""
-    return torch.cat([forward(model, **batch).embeddings for batch in batches(sentences, batch_size)])
+    return torch.cat([forward(model, **batch).embeddings for batch in batches(sentences, 32)])
 
 
 def measure(model, tokenizer, teacher, sentences: Sentences, pairs: Dataset | None = None) -> dict[str, float]:
@@ -116,25 +114,22 @@ def measure(model, tokenizer, teacher, sentences: Sentences, pairs: Dataset | No
 def latency(
     models: dict[str, PreTrainedModel], sentences: Sentences, batch_size: int, repeats: int = 10
 ) -> dict[str, float]:
-    """Milliseconds a sentence, pooling included: the median over batches; the models alternate."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    chosen = sentences.select(torch.linspace(0, len(sentences) - 1, min(len(sentences), batch_size * repeats)).long())
-    parts = list(batches(chosen, batch_size))
-    for turn in range(repeats + 2):  # two to warm up
-        batch = parts[turn % len(parts)]
-        for name, model in models.items():
-            started = perf_counter()
-            model.sentence_pooling(model(**batch).last_hidden_state, batch["attention_mask"])
-            times[name].append(1000 * (perf_counter() - started) / len(batch["input_ids"]))
-    return {name: median(each[2:]) for name, each in times.items()}
+    """Milliseconds a sentence, pooling included: the median over batches of sentences of all lengths."""
+
+    def pooled(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        return model.sentence_pooling(model(**batch).last_hidden_state, batch["attention_mask"])
+
+    rows = torch.linspace(0, len(sentences) - 1, (WARM_UP + repeats) * batch_size).long()
+    parts = batches(sentences.select(rows), batch_size, next(iter(models.values())).device)
+    times = timed({name: partial(pooled, model, batch) for name, model in models.items()} for batch in parts)
+    return {name: each / batch_size for name, each in times.items()}
 
 
-def search(queries: dict[str, Tensor], index: Tensor, texts: list[str], count: int = 5) -> pd.DataFrame:
-    """The nearest of `texts`, with embeddings `index` (N, E), to one query that several models have embedded, (E,)."""
+def search(queries: dict[str, Tensor], index: Tensor, texts: list[str]) -> pd.DataFrame:
+    """The five `texts`, of embeddings `index` (N, E), that are nearest to a query, (E,) as each model embeds it."""
     index, found = normalize(index, dim=-1), {}
     for name, query in queries.items():
         cosines = index @ normalize(query, dim=-1)
-        found[name] = [
-            f"{cosines[row]:.2f} {texts[row]}" for row in cosines.topk(min(count, len(texts))).indices.tolist()
-        ]
+        nearest = cosines.topk(min(5, len(texts))).indices.tolist()
+        found[name] = [f"{cosines[row]:.2f} {texts[row]}" for row in nearest]
     return pd.DataFrame(found).rename(index=lambda row: row + 1).rename_axis("rank")

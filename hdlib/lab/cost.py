@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import accumulate, chain, product
 from operator import eq
 from pathlib import Path
@@ -76,22 +77,32 @@ def _bare_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
 def latency(models: dict[str, PreTrainedModel], batch_size: int = 1, length: int = 128, repeats: int = 20) -> dict:
     """Milliseconds of one forward of each model, with the head at every position: the median over `repeats`.
 
-    The models alternate, so that other load on the machine affects all of them alike. On a GPU each forward is
-    synchronised with the host. Raises ValueError for models on different devices.
+    Raises ValueError for models on different devices.
     """
     if len(devices := {str(model.device) for model in models.values()}) > 1:
         raise ValueError(f"the models are on different devices, {', '.join(sorted(devices))}: move all to one")
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(WARM_UP + repeats):
-        for name, model in models.items():
-            input_ids = _random_tokens(model, batch_size, length)
+
+    def calls() -> dict[str, Callable]:
+        return {name: partial(model, _random_tokens(model, batch_size, length)) for name, model in models.items()}
+
+    return timed(calls() for _ in range(WARM_UP + repeats))
+
+
+def timed(turns: Iterable[dict[str, Callable[[], object]]]) -> dict[str, float]:
+    """Milliseconds of calls, by name: the median over the turns after WARM_UP.
+
+    The calls of a turn follow each other, so that other load on the machine affects all alike. On a GPU the host waits
+    for each.
+    """
+    times: dict[str, list[float]] = {}
+    for calls in turns:
+        for name, call in calls.items():
             started = perf_counter()
-            model(input_ids)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= WARM_UP:
-                times[name].append((perf_counter() - started) * 1000)
-    return {name: median(values) for name, values in times.items()}
+            call()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            times.setdefault(name, []).append((perf_counter() - started) * 1000)
+    return {name: median(each[WARM_UP:]) for name, each in times.items()}
 
 
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:

@@ -111,10 +111,10 @@ def plot_schedule(config: DistillConfig, teacher: PreTrainedModel, axes: Axes | 
 
 
 @styled
-def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
+def plot_losses(run: Run, axes: Axes | None = None) -> Figure:
     """Every loss term before weighting, over the steps, on a logarithmic axis.
 
-    A running median over `window` steps is in front of the raw values.
+    A running median over ten steps is in front of the raw values.
     """
     axes, metrics = panel("step", "loss term, before weighting", axes), run.metrics
     axes.set_yscale("log")
@@ -122,7 +122,7 @@ def plot_losses(run: Run, axes: Axes | None = None, window: int = 10) -> Figure:
         if term in metrics:
             values = metrics[term].where(metrics[term] > 0).dropna()  # 0 before the first step and the first prune
             every = 1 + len(values) // 2000  # a figure has no more dots
-            median = values.rolling(max(window, every), min_periods=1, center=True).median().iloc[::every]
+            median = values.rolling(max(10, every), min_periods=1, center=True).median().iloc[::every]
             axes.plot(values.iloc[::every], color=look["color"], linestyle="-", marker="", alpha=0.2, linewidth=0.8)
             axes.plot(median, label=LABELS[term], **look | {"marker": ""})
     _finish(axes, ncols=2)
