@@ -201,7 +201,7 @@ BREAKS = {
 def test_golden_numbers_detect_a_broken_library(broken, tmp_path, text_file):
     path = next(path for path in ABLATIONS if path.stem.startswith("10"))
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(2, nbformat.v4.new_code_cell(f"import hdlib\n\n{BREAKS[broken]}"))
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(f"import hdlib.distill\n\n{BREAKS[broken]}"))
     nbformat.write(notebook, tmp_path / "broken.ipynb")
     found = ablation(tmp_path / "broken.ipynb", tmp_path / "out", text_file, arms=["homodistil"])
     golden = json.loads((GOLDEN / f"{path.stem}.json").read_text())["kl_homodistil"]

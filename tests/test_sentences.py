@@ -149,7 +149,7 @@ def test_parts_of_a_padded_batch_add_up(name):
             gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
             results.append((sums, gradient))
         for sums, gradient in results[1:]:
-            if name != "qwen3":  # the pairs that attend are fewer in a causal model
+            if name not in ("modernbert", "qwen3"):  # fewer pairs attend in a local layer and in a causal model
                 assert sums == pytest.approx(results[0][0], rel=1e-9)
                 torch.testing.assert_close(gradient, results[0][1], rtol=1e-8, atol=1e-10)
             assert sums["prediction"] == pytest.approx(results[0][0]["prediction"], rel=1e-9)

@@ -34,10 +34,10 @@ QUICKSTART = Path(__file__).parents[3] / "notebooks" / "00_quickstart.ipynb"
 FRACTION, SHAPE = "a fraction", "a shape"
 OPTIONS = CHOICES | {"target is": (FRACTION, SHAPE)}
 GROUPS = {  # heading: controls, by the names in PLACES and in DistillConfig
-    "Places": ("teacher", "corpus", "length", "run_dir"),
-    "Shape": ("target", "multiple_of", "initial"),
-    "Narrowing": ("schedule", "prune_start", "prune_end", "prune_every", "scorer", "rotate", "compensate", "masked"),
-    "Training": ("steps", "batch_size", "micro_batch_size", "learning_rate", "precision", "seed", "eval_every"),
+    "Places": "teacher corpus length run_dir",
+    "Shape": "target multiple_of initial",
+    "Narrowing": "schedule prune_start prune_end prune_every scorer rotate compensate masked",
+    "Training": "steps batch_size micro_batch_size learning_rate mask_probability precision seed eval_every",
 }
 PLACES = {
     "teacher": option("embedded", "embedded, a local folder, or a model name on the hub"),
@@ -75,7 +75,7 @@ class Chooser(Shown):
     def __init__(self, folder: str | Path = "runs"):
         super().__init__()
         options = {field.name: field for field in fields(DistillConfig)} | PLACES
-        self.controls = {name: _control(name, options[name]) for names in GROUPS.values() for name in names}
+        self.controls = {name: _control(name, options[name]) for names in GROUPS.values() for name in names.split()}
         self.controls["run_dir"].value = str(Path(folder) / "chosen")
         tooltip = "width of the student: {}; 0: as the teacher, or what follows from the other widths"
         self.widths = {name: _control(name, option(0, tooltip.format(label))) for name, label in WIDTHS.items()}
@@ -92,7 +92,7 @@ class Chooser(Shown):
             label, tooltip = BUTTONS[name]
             self.buttons[name] = widgets.Button(description=label, tooltip=tooltip, layout={"width": "auto"})
             self.buttons[name].on_click(lambda _button, action=action: self._attempt(action))
-        groups = {heading: [self.controls[name] for name in names] for heading, names in GROUPS.items()}
+        groups = {heading: [self.controls[name] for name in names.split()] for heading, names in GROUPS.items()}
         groups["Shape"] = [self.by, groups["Shape"][0], *self.widths.values(), *groups["Shape"][1:]]
         rows = [[_group(*group) for group in groups.items()], [self.table, self.picture], self.buttons.values()]
         boxes = [widgets.Box([*row], layout=WRAPPED) for row in rows]
