@@ -72,7 +72,7 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(expanduser(folder))
-        self._parsed = (b"", None)  # the lines of metrics.jsonl and their table
+        self._parsed = ((), None)  # size and time of metrics.jsonl, and its table
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -131,13 +131,16 @@ class Run:
         """A DataFrame of the logged steps, indexed by step; empty before the first. Raises ValueError if damaged."""
         import pandas as pd
 
-        lines = self._lines("metrics.jsonl")
-        if lines and lines != self._parsed[0]:
+        path = self.folder / "metrics.jsonl"
+        state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
+        if state != self._parsed[0]:
+            lines = self._lines(path.name)
             try:
-                self._parsed = (lines, pd.read_json(BytesIO(lines), lines=True, engine="pyarrow").set_index("step"))
+                frame = pd.read_json(BytesIO(lines), lines=True, engine="pyarrow").set_index("step") if lines else None
             except (ValueError, KeyError) as error:
-                raise ValueError(f"{self.folder / 'metrics.jsonl'} is damaged and cannot be read: {error}") from error
-        return self._parsed[1].copy(deep=False) if lines else pd.DataFrame()
+                raise ValueError(f"{path} is damaged and cannot be read: {error}") from error
+            self._parsed = state, pd.DataFrame() if frame is None else frame
+        return self._parsed[1].copy(deep=False)
 
     @property
     def measure(self) -> str:
