@@ -185,7 +185,7 @@ def plot_ends(
     label = MEASURES.get(f"held_out_{measure}", measure).replace("\n", ", ")
     axes = panel(label, "", axes, (7, 0.8 + 0.36 * len(arms)), grid="x")
     for row, (arm, values) in enumerate(arms.items()):
-        colour, middle = COLOURS["orange" if arm == baseline else "blue"], values.agg(centre)
+        colour, middle = COLOURS["blue" if baseline in (None, arm) else "grey"], values.agg(centre)
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=5, alpha=0.6, markeredgewidth=0)
         axes.plot(middle, row, "|", color=colour, markersize=16, markeredgewidth=2)
         place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": "small"}
