@@ -75,9 +75,9 @@ def fewer_layers(teacher, train: Sentences, ratio: float, **recipe) -> PreTraine
     return distil_embeddings(keep_layers(teacher, layers), teacher, train, **recipe)
 
 
-def fewer_dimensions(teacher, train: Sentences, ratio: float) -> PreTrainedModel:
+def fewer_dimensions(teacher, train: Sentences, ratio: float, seed: int = 0) -> PreTrainedModel:
     """A teacher whose embeddings have `ratio` of their dimensions, by PCA of those of 2,000 sentences."""
-    embeddings = embed(teacher, sample(train, 2000))  # (N, E)
+    embeddings = embed(teacher, sample(train, 2000, seed))  # (N, E)
     _, _, components = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
     projection = Dense(components[: max(1, round(ratio * embeddings.shape[1]))])
     smaller, pooling = deepcopy(teacher), teacher.sentence_pooling
