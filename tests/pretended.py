@@ -21,14 +21,14 @@ from pretend_device import DEVICE, pretend_device  # noqa: F401
 PRETENDED = (
     "float32: masked, global",
     "float32: rotated and compensated",
-    "float32: fewer layers",
     "float32: resumed, narrowed, random",
     "float32: discrepancy, bert",
     "float32: narrow with AdamW, fused, llama",
-    "bfloat16: masked, neurons return",
     "bfloat16: grouped heads, llama, narrowed",
 )
 MORE = (
+    "float32: fewer layers",
+    "bfloat16: masked, neurons return",
     "float32: micro-batches",
     "float32: grouped heads, qwen3, narrowed",
     "float32: narrowed, platon",

@@ -216,6 +216,7 @@ def test_a_run_that_keeps_the_whole_teacher_is_projected():
     assert project(teacher, DistillConfig(**SMALL | {"target": 1.0}), 16).hours > 0
 
 
+@pytest.mark.full
 def test_memory_counts_the_teacher_once():
     """With tiny batches a run holds parameters: the teacher, the student, its gradients and its moments."""
     teacher = random_model("bert", heads=8, head_dim=32, ffn=1024, layers=4, vocabulary=100)

@@ -761,6 +761,7 @@ def find_the_neuron(count: int, seed: int, empty: bool) -> Dataset:
     return questions(*made)
 
 
+@pytest.mark.full
 def test_squad_is_learned_in_windows_with_and_without_answers(checkpoint):
     data = DatasetDict(train=find_the_neuron(300, 1, True), validation=find_the_neuron(60, 2, True))
     config = SquadConfig(learning_rate=3e-3, epochs=4, batch_size=16, length=28, stride=8)

@@ -238,6 +238,7 @@ def test_a_folder_in_use_is_refused(workshop, monkeypatch):
     assert error.startswith("runs/toy/smoke is in use by another process") and not (folder / "cells").exists()
 
 
+@pytest.mark.full
 def test_only_some_cells_and_later_others_with_the_same_parameters(workshop, monkeypatch, capsys):
     folder = workshop()
     assert run(monkeypatch, "toy", "--only", "arms=good", "seeds=2") == 0

@@ -40,7 +40,8 @@ def test_any_head_is_exported_and_reads_pairs_of_texts(head, tokenizer, tmp_path
         assert torch.allclose(expected[name], torch.from_numpy(found), atol=1e-5)
 
 
-@pytest.mark.parametrize("write, name", [(export.to_program, "model.pt2"), *full((export.to_onnx, "model.onnx"))])
+@pytest.mark.full
+@pytest.mark.parametrize("write, name", [(export.to_program, "model.pt2"), (export.to_onnx, "model.onnx")])
 def test_a_model_with_few_positions_is_exported_below_the_home_folder(write, name, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model = random_model("roberta", vocabulary=len(tokenizer), max_position_embeddings=14, layers=1)
