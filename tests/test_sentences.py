@@ -149,10 +149,13 @@ def test_parts_of_a_padded_batch_add_up(name):
             gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
             results.append((sums, gradient))
         for sums, gradient in results[1:]:
-            if name not in ("modernbert", "qwen3"):  # fewer pairs attend in a local layer and in a causal model
-                assert sums == pytest.approx(results[0][0], rel=1e-9)
+            fewer_pairs = name in ("modernbert", "qwen3")  # attend in a local layer and in a causal model
+            exact = sums.keys() - ({"attention", "total"} if fewer_pairs else set())
+            assert {each: sums[each] for each in exact} == pytest.approx(
+                {each: results[0][0][each] for each in exact}, rel=1e-9
+            )
+            if not fewer_pairs:
                 torch.testing.assert_close(gradient, results[0][1], rtol=1e-8, atol=1e-10)
-            assert sums["prediction"] == pytest.approx(results[0][0]["prediction"], rel=1e-9)
 
 
 def test_padding_changes_nothing():
