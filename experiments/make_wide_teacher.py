@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, MPNetForMaskedLM, get_linear_schedule_with_warmup
@@ -63,16 +64,17 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     learning_rate = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     for step in (bar := tqdm(range(steps), desc="training", mininterval=10)):
-        batch = batches[step]
+        batch = send_to_device(batches[step], model.device)
         masked = batch["labels"] != IGNORED
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = mlm_loss(forward(model, batch["input_ids"], masked).logits, batch["labels"][masked])
         loss.backward()
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         learning_rate.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ EMBEDDING = "embedding"  # the embedding width: HIDDEN if the config makes the t
 FIXED = None  # vocabulary, positions, token types, classes, single head dimensions: never narrowed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """The axis table of one architecture, and how it differs from a BERT."""
 

@@ -219,16 +219,27 @@ def _score_difference(
         gradients = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key)]
     with torch.autocast(query.device.type, enabled=False):  # the difference of near-equal products needs float32
         for rows in pieces(query, query.shape[1] * query.shape[2] ** 2):
-            student_query, student_key = at_least_float32(query[rows]), at_least_float32(key[rows])
-            scores = at_least_float32(teacher_query[rows]) * teacher_scaling @ at_least_float32(teacher_key[rows]).mT
-            difference = (student_query * scaling @ student_key.mT).sub_(scores)  # (b, H, S, S)
+            scores = _product(teacher_query[rows], teacher_key[rows].mT, teacher_scaling)
+            difference = _product(query[rows], key[rows].mT, scaling).sub_(scores)  # (b, H, S, S)
             if pairs is not None:
                 difference.masked_fill_(~(pairs if len(pairs) == 1 else pairs[rows]), 0.0)
             total = total + difference.square().sum()
             if differentiate:
-                gradients[0][rows] = difference @ student_key
-                gradients[1][rows] = difference.mT @ student_query
+                gradients[0][rows] = _product(difference, key[rows])
+                gradients[1][rows] = _product(difference.mT, query[rows])
     return total, gradients
+
+
+def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """factor x left @ right, (b, H, n, m), at least in float32; `right` decides how `left` is read.
+
+    Products of bfloat16 are exact in float32, and a GPU adds them in it: no copies in float32, no slow product of them.
+    """
+    if right.is_cuda and right.dtype == torch.bfloat16:
+        pair = (each.to(torch.bfloat16).flatten(0, 1) for each in (left, right))
+        return torch.bmm(*pair, out_dtype=torch.float32).mul_(factor).unflatten(0, left.shape[:2])
+    left = at_least_float32(left)
+    return (left if factor == 1.0 else left * factor) @ at_least_float32(right)
 
 
 def attention_divergence(student, teacher, attention_mask: Tensor | None = None) -> Tensor:

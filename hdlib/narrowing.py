@@ -70,9 +70,9 @@ def narrow(
     _check_optimizer(model, optimizer)
     # A GPT-2 may not scale its attention.
     scale = math.sqrt(new.head_dim / old.head_dim) if getattr(model.config, "scale_attn_weights", True) else 1.0
-    sites = sites_of(model)
+    sites, stock_parameters = sites_of(model), dict(stock.named_parameters())
     for name, parameter in list(model.named_parameters()):
-        if parameter.shape != stock.get_parameter(name).shape:
+        if parameter.shape != stock_parameters[name].shape:
             _narrow_parameter(parameter, sites[parameter], axes[name], kept, scale, optimizer)
     layers = kept[LAYERS].tolist()
     if new.layers < old.layers:
@@ -136,17 +136,23 @@ def choose_layers(scores: dict[str, Tensor], depth: int, count: int | None) -> T
 
 def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
     """The kept slices of a tensor along each of its axes, contiguous; the tensor itself where all are kept."""
-    for axis, blocks in enumerate(axes):
-        if blocks is not None:
-            indices = kept_indices(blocks, kept)
-            if len(indices) < tensor.shape[axis]:
-                tensor = tensor.index_select(axis, indices.to(tensor.device))
+    return _selected(tensor, [blocks and kept_indices(blocks, kept) for blocks in axes])
+
+
+def _selected(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
+    for axis, kept in enumerate(indices):
+        if kept is not None and len(kept) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
     return tensor.contiguous()
 
 
 def kept_indices(blocks: Axis, kept: dict[str, Tensor]) -> Tensor:
     """The indices of an axis that the kept neurons own, in order."""
     return torch.cat([block.indices(kept[block.group]) for block in blocks])
+
+
+def _kept_length(blocks: Axis, kept: dict[str, Tensor]) -> int:
+    return sum(len(kept[block.group]) * block.unit for block in blocks)
 
 
 def replace_parameter(
@@ -203,7 +209,7 @@ def _remove_layers(model: PreTrainedModel, kept: list[int], optimizer: torch.opt
 
 
 def _narrow_parameter(parameter: nn.Parameter, sites, axes, kept, scale: float, optimizer) -> None:
-    kept_slices = partial(take, axes=axes, kept=kept)
+    kept_slices = partial(_selected, indices=[blocks and kept_indices(blocks, kept) for blocks in axes])
     data, factor = kept_slices(parameter.data), _query_factor(axes, kept, scale)
     if factor is not None:
         factor = factor.to(data)
@@ -217,7 +223,7 @@ def _query_factor(axes: tuple[Axis, ...], kept, scale: float) -> Tensor | None:
     for axis, blocks in enumerate(axes):
         if scale != 1.0 and any(block.scaled for block in blocks or ()):
             factors = torch.tensor([scale if block.scaled else 1.0 for block in blocks], dtype=torch.float64)
-            lengths = torch.tensor([len(kept[block.group]) * block.unit for block in blocks])
+            lengths = torch.tensor([_kept_length((block,), kept) for block in blocks])
             return factors.repeat_interleave(lengths).reshape([-1 if n == axis else 1 for n in range(len(axes))])
     return None
 
@@ -287,10 +293,11 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
 
 def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: dict[str, Tensor]) -> None:
     """Compare the shapes that narrowing will give with those of the stock constructor."""
+    expected_shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
     for name, parameter in model.named_parameters():
         blocks = zip(axes[name], parameter.shape, strict=True)
-        shape = tuple(size if axis is None else len(kept_indices(axis, kept)) for axis, size in blocks)
-        expected = tuple(stock.get_parameter(name).shape)
+        shape = tuple(size if axis is None else _kept_length(axis, kept) for axis, size in blocks)
+        expected = expected_shapes[name]
         if shape != expected:
             raise UnsupportedArchitecture(
                 f"{name} would have shape {shape}, in a stock model {expected}: correct its row in hdlib/families.py"
@@ -303,8 +310,9 @@ def check_scores(groups, scores: dict[str, Tensor]) -> None:
             raise ValueError(f"no scores for the width group {name!r}: pass scores for every group of width_groups")
         if tuple(scores[name].shape) != (group.size,):
             raise ValueError(f"scores of {name!r} have shape {tuple(scores[name].shape)}: it must be ({group.size},)")
-        if not torch.isfinite(scores[name]).all():
-            raise ValueError(f"scores of {name!r} are not all finite: check the gradients they were computed from")
+    finite = torch.stack([torch.isfinite(scores[name]).all() for name in groups]).tolist()  # one synchronisation
+    if broken := [name for name, each in zip(groups, finite, strict=True) if not each]:
+        raise ValueError(f"scores of {broken[0]!r} are not all finite: check the gradients they were computed from")
 
 
 def _check_optimizer(model: nn.Module, optimizer) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from math import gcd, lcm
 from typing import NamedTuple, Self
 
@@ -94,7 +95,7 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
     """
     declared, named = family(model), {}
     for name, parameter in model.named_parameters():
-        row = next((row for pattern, row in declared.axes.items() if fnmatchcase(name, pattern)), None)
+        row = _row(declared, name)
         if row is None or len(row) != parameter.dim():
             raise UnsupportedArchitecture(
                 f"parameter {name} of shape {tuple(parameter.shape)} has no row for {model.config.model_type!r}: an "
@@ -103,6 +104,12 @@ def axes_of(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
         sizes = zip(row, parameter.shape, strict=True)
         named[name] = tuple(_axis(model, declared, name, kinds, length) for kinds, length in sizes)
     return named
+
+
+@cache
+def _row(declared: Family, name: str) -> tuple | None:
+    """The table's entry for a parameter; found once, since a step asks for all of them."""
+    return next((row for pattern, row in declared.axes.items() if fnmatchcase(name, pattern)), None)
 
 
 def _axis(model: PreTrainedModel, declared: Family, name: str, kinds, length: int) -> Axis:

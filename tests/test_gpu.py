@@ -5,17 +5,21 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from time import monotonic
 
 import pandas as pd
 import pytest
 import torch
 
+import hdlib
 from experiments.gpu import cases
 from experiments.gpu.pack import load_pack
 from experiments.gpu.pack import main as make_pack
 from experiments.gpu.part import Part, Plan
+from hdlib.checkpoints import save_folder
 
 from conftest import full, sentences
 
@@ -49,6 +53,22 @@ def test_the_pack_holds_teacher_and_blocks(pack):
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
 
 
+def test_the_pack_of_a_sentence_encoder(tmp_path, monkeypatch):
+    folder, text = tmp_path / "encoder", tmp_path / "train.txt"
+    teacher, tokenizer = hdlib.load_teacher("embedded", encoder=True)
+    save_folder(folder, teacher, tokenizer)
+    text.write_text("".join(f"The {n} birds sing. They sing {n} songs.\n\n" for n in range(200)))
+    held_out = tmp_path / "validation.txt"
+    held_out.write_text("A bird was heard. Nobody saw it.\n\n")
+    arguments = ["pack", str(folder), str(text), "--validation", str(held_out), "--folder", str(tmp_path / "pack")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    make_pack()
+    loaded, _, train, validation = load_pack(tmp_path / "pack")
+    assert loaded.sentence_pooling.modes == teacher.sentence_pooling.modes
+    assert len(train) == 400 and len(validation) == 2
+    assert tokenizer.decode(train[0]["input_ids"], skip_special_tokens=True).lower().startswith("the 0 birds")
+
+
 @pytest.mark.full
 def test_a_dry_session_without_datasets(pack, tmp_path):
     """All parts leave their files; the packages that are not there are never imported."""
@@ -70,16 +90,23 @@ def test_a_dry_session_without_datasets(pack, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     read = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-    parts = ("cases", "reference", "speed", "study")
+    parts = ("cases", "reference", "speed", "teacher", "study")
     assert read["session"]["parts"] == dict.fromkeys(parts, "ended"), done.stdout
     assert all(verdict["passed"] for verdict in read["verdicts"].values()) and len(read["verdicts"]) >= 8
     for part in parts:
         failed = {name: item for name, item in read[part]["items"].items() if "error" in item}
         assert not failed and not read[part]["not_reached"], part
     study = {name: item["value"] for name, item in read["study"]["items"].items()}
-    assert list(study) == ["iterative, seed 0", "one-shot, seed 0", "random start, seed 0"]
-    assert study["iterative, seed 0"]["widths"] == study["random start, seed 0"]["widths"]
-    assert study["iterative, seed 0"]["curve"][0]["held_out_kl"] == 0.0 < study["iterative, seed 0"]["held_out"]["kl"]
+    arms = ["default", "paper", "default, one-shot", "paper, one-shot"]
+    trials = [f"{recipe}, trial of rate 0.0005" for recipe in arms[:2]]
+    assert list(study) == trials + [f"{arm}, seed 1" for arm in arms]
+    first = study["default, seed 1"]
+    assert first["curve"][0]["held_out_kl"] == 0.0 < first["held_out"]["kl"]
+    assert first["config"]["compensate"] and not study["paper, seed 1"]["config"]["compensate"]
+    student, _ = hdlib.load_teacher(out / "students" / "default_seed_1")
+    assert vars(hdlib.Widths.of(student)) == first["widths"]
+    (trained,) = read["teacher"]["items"].values()
+    assert trained["value"]["after"] != trained["value"]["before"] and (out / "teacher").exists()
     speed = {name.split(",")[0] for name in read["speed"]["items"]}
     assert speed == {"card", "step", "memory", "prune", "loop", "profile", "paper"}
     (profile,) = (item["value"] for name, item in read["speed"]["items"].items() if name.startswith("profile"))
@@ -88,7 +115,7 @@ def test_a_dry_session_without_datasets(pack, tmp_path):
 
 @pytest.fixture
 def part(tmp_path):
-    return Part(Plan("part", "", str(tmp_path), seconds=60))
+    return Part(Plan("part", "", str(tmp_path), until=monotonic() + 60))
 
 
 def test_a_failing_item_is_recorded_and_the_others_run(part, tmp_path):
@@ -103,7 +130,7 @@ def test_a_failing_item_is_recorded_and_the_others_run(part, tmp_path):
 
 
 def test_no_item_begins_after_the_limit(part):
-    part.until = 0
+    part.plan = replace(part.plan, until=0.0)
     part.item("late", pytest.fail)
     assert part.not_reached == ["late"] and not part.items
 

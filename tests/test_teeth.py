@@ -53,14 +53,14 @@ def test_mask_equals_narrow_detects_a_stale_attention_scale(monkeypatch):
 
 def test_mask_equals_narrow_detects_unpaired_query_and_key(monkeypatch):
     """One layer keeps the first queries instead of the important ones."""
-    take = narrowing.take
+    narrow_parameter = narrowing._narrow_parameter
 
-    def careless(tensor, axes, kept):
+    def careless(parameter, sites, axes, kept, *others):
         first = {name: torch.arange(len(indices)) for name, indices in kept.items()}
         queries = axes[0] and axes[0][0].group == "layer.1.query_key" and axes[0][0].scaled
-        return take(tensor, axes, first if queries else kept)
+        narrow_parameter(parameter, sites, axes, first if queries else kept, *others)
 
-    monkeypatch.setattr(narrowing, "take", careless)
+    monkeypatch.setattr(narrowing, "_narrow_parameter", careless)
     red(invariants.mask_equals_narrow, random_bert(), NARROW, random_batch())
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.questions if name not in QUESTIONS]:
         parser.error(f"unknown question {', '.join(unknown)}: use {', '.join(QUESTIONS)}")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     sizes = (arguments.shape, arguments.batch_size, arguments.length, arguments.precision)
     setting = Setting(*sizes, device, arguments.turns)
     for name in arguments.questions:

@@ -34,10 +34,10 @@ from time import monotonic
 from hdlib.runs import write_whole
 
 from .cases import compared
-from .pack import BLOCKS, FOLDER
+from .pack import FOLDER, TOKENS
 from .part import Plan
 
-SHARES = {"cases": 2, "speed": 4, "study": 5}  # of the time; what a part leaves is shared by those after it
+SHARES = {"cases": 2, "speed": 4, "teacher": 1, "study": 5}  # of the time; a part leaves what it does not need
 GRACE = 0.05  # of a part's time, at its end, in which no item begins; what runs after it is killed
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,8 @@ def main() -> None:
     for number, name in enumerate(arguments.parts):
         weights = [SHARES[each] for each in arguments.parts[number:]]
         limit = (seconds - (monotonic() - started)) * weights[0] / sum(weights)
-        plan = Plan(name, str(arguments.pack), str(arguments.out), (1 - GRACE) * limit, arguments.dry)
+        until = monotonic() + (1 - GRACE) * limit
+        plan = Plan(name, str(arguments.pack), str(arguments.out), until, arguments.dry)
         reference = _reference(plan) if name == "cases" else None
         ends[name] = _run(plan, limit)
         if reference:
@@ -67,11 +68,10 @@ def _run(plan: Plan, seconds: float) -> str:
     while True:
         how = _wait(_start(plan), until - monotonic())
         has = len(json.loads(path.read_text())["items"]) if path.exists() else 0
-        left = until - monotonic() - GRACE * seconds
-        if how == "ended" or left <= 0 or has <= had:
+        if how == "ended" or monotonic() >= plan.until or has <= had:
             return how
         print(f"{plan.name}: {how}; a new process takes the next item", flush=True)
-        plan, had = replace(plan, seconds=left), has
+        had = has
 
 
 def _reference(plan: Plan) -> subprocess.Popen:
@@ -129,7 +129,7 @@ def _arguments() -> argparse.Namespace:
     arguments.pack, arguments.out = Path(arguments.pack).resolve(), Path(arguments.out).resolve()
     if unknown := [name for name in arguments.parts if name not in SHARES]:
         parser.error(f"there is no part {', '.join(unknown)}; there are: {', '.join(SHARES)}")
-    if not (arguments.pack / BLOCKS).exists():
+    if not (arguments.pack / TOKENS).exists():
         parser.error(
             f"{arguments.pack} holds no pack: make it with python -m experiments.gpu.pack, or name it with --pack"
         )

@@ -19,7 +19,10 @@ from time import monotonic
 import torch
 from transformers.utils import logging
 
+from hdlib.data import sample
 from hdlib.runs import write_whole
+
+from .pack import load_pack
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Plan:
     name: str  # of the module in this folder whose `run` does the work, and of the file of results
     pack: str  # the folder that experiments.gpu.pack made
     out: str  # the folder of the results
-    seconds: float  # after these no item begins
+    until: float  # on the clock `monotonic`, which all processes of a machine share; later no item begins
     dry: bool = False  # toy shapes
     module: str = ""  # of the work, where it is not `name`
 
@@ -38,15 +41,20 @@ class Part:
     """The results of one part, and the time that is left for it."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.until = plan, monotonic() + plan.seconds
+        self.plan = plan
         self.path = Path(plan.out) / f"{plan.name}.json"
         self.items: dict[str, dict] = json.loads(self.path.read_text())["items"] if self.path.exists() else {}
         self.not_reached: list[str] = []
-        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    def data(self) -> tuple:
+        """Teacher, tokenizer, training part and held-out part of the pack; in a dry session little is held out."""
+        teacher, tokenizer, train, held_out = load_pack(self.plan.pack)
+        return teacher, tokenizer, train, sample(held_out, 4) if self.plan.dry else held_out
 
     @property
     def seconds_left(self) -> float:
-        return self.until - monotonic()
+        return self.plan.until - monotonic()
 
     def item(self, name: str, measure: Callable[[], dict]) -> None:
         """Run `measure` and write what it returns, unless the item is there already or the time is over."""

@@ -13,10 +13,12 @@ from statistics import median
 import pandas as pd
 import torch
 import yaml
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 import hdlib
+from hdlib.config import PAPER as RECIPE
 from hdlib.data import Blocks, Masking, labelled_once
 from hdlib.lab.cost import operations, placeholder_tokenizer, project
 from hdlib.models import language_model_class
@@ -28,7 +30,8 @@ from .part import Part
 
 PAPER = [Path(__file__).parents[1] / "paper" / f"homobert_{size}.yaml" for size in ("base", "tiny")]
 RATIOS = (1.0, 0.5, 0.29)  # of the widths: at the start, in the middle and at the end of the homotopy
-MULTIPLES = (1, 16, 96)  # of the hidden and feed-forward widths; 96 makes the 12 heads multiples of 8 wide
+MULTIPLES = (1, 96)  # of the hidden and feed-forward widths; 96 makes the 12 heads multiples of 8 wide
+WAYS = {"": {}, ", masked": {"masked": True}, ", default recipe": None}  # how a paper's run is pruned
 STEPS, WARM = 20, 5  # of the loop that is measured, and how many of them are not counted
 LARGEST_ITEMS = 10  # of the profile
 
@@ -44,14 +47,16 @@ def run(part: Part) -> None:
     card = part.items["card"].get("value", {})
     for setting in settings:
         of_batch = f"{setting.batch_size} x {setting.length}"
+        for way, changes in WAYS.items():
+            part.item(f"paper, {PAPER[0].stem}{way}, {of_batch}", partial(_paper, PAPER[0], setting, changes))
         part.item(f"step, {of_batch}", lambda setting=setting: {"table": rows(step.measure(setting))})
         part.item(f"memory, {of_batch}", lambda setting=setting: {"table": rows(memory.measure(setting))})
-        part.item(f"prune, {of_batch}", lambda setting=setting: {"table": rows(prune.measure(setting))})
+        part.item(f"profile, {of_batch}", partial(_profile, setting))
         for name, widths in _homotopy(setting).items():
             part.item(f"loop, {of_batch}, {name}", partial(_loop, setting, widths, steps, card))
-        part.item(f"profile, {of_batch}", partial(_profile, setting))
-        for path in PAPER[: 1 if dry else None]:
-            part.item(f"paper, {path.stem}, micro-batches of {setting.batch_size}", partial(_paper, path, setting))
+        part.item(f"prune, {of_batch}", lambda setting=setting: {"table": rows(prune.measure(setting))})
+        if not dry:
+            part.item(f"paper, {PAPER[1].stem}, {of_batch}", partial(_paper, PAPER[1], setting, {}))
 
 
 def rows(table: pd.DataFrame) -> list[dict]:
@@ -142,12 +147,14 @@ def _profile(setting: Setting) -> dict:
         work.optimizer.step()
 
     cuda = setting.device.type == "cuda"
+    device_type = DeviceType.CUDA if cuda else DeviceType.CPU
     for _ in range(3):
         seconds = timed(one_step, setting.device)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as seen:
         timed(one_step, setting.device)
     column = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(seen.key_averages(), key=lambda event: getattr(event, column), reverse=True)
+    events = [event for event in seen.key_averages() if event.device_type == device_type]  # not their callers, too
+    events.sort(key=lambda event: getattr(event, column), reverse=True)
     total = sum(getattr(event, column) for event in events)
     largest = [
         {
@@ -158,15 +165,18 @@ def _profile(setting: Setting) -> dict:
         }
         for event in events[:LARGEST_ITEMS]
     ]
-    return {"seconds": seconds, "seconds of all items": total / 1e6, "largest": largest}
+    count = sum(event.count for event in events)
+    return {"seconds": seconds, "seconds of all items": total / 1e6, "items": count, "largest": largest}
 
 
-def _paper(path: Path, setting: Setting) -> dict:
-    """One of the paper's runs, whole, on one card like this one."""
+def _paper(path: Path, setting: Setting, changes: dict | None) -> dict:
+    """One of the paper's runs, whole, on one card like this one; None: by the default recipe."""
     values = yaml.safe_load(path.read_text())
-    names = {field.name for field in fields(hdlib.DistillConfig)}
-    config = hdlib.DistillConfig.paper(**{name: value for name, value in values.items() if name in names})
-    config = replace(config, micro_batch_size=setting.batch_size)
+    recipe = set(RECIPE) if changes is None else set()
+    names = {field.name for field in fields(hdlib.DistillConfig)} - recipe
+    config = {name: value for name, value in values.items() if name in names}
+    changes = (changes or {}) | {"micro_batch_size": setting.batch_size}
+    config = hdlib.DistillConfig(**config | changes)
     if setting.shape == "tiny":
         teacher, length = setting.teacher(), setting.length
         config = replace(config, target=0.29, batch_size=2 * setting.batch_size, steps=100)
