@@ -42,6 +42,7 @@ def main() -> None:
     if arguments.head_steps:
         torch.nn.init.eye_(model.lm_head.dense.weight)
         torch.nn.init.zeros_(model.lm_head.dense.bias)
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     train, validation = hdlib.load_corpus(arguments.corpus, tokenizer, LENGTH)
     batches = TrainingBatches(train, Masking.of(tokenizer), BATCH, seed=arguments.head_steps)
     head = [each for name, each in model.lm_head.named_parameters() if not name.startswith("decoder.weight")]

@@ -18,6 +18,7 @@ from hdlib.training import Training
 import invariants
 from conftest import random_batch, random_bert
 from models import KINDS, narrower, random_model
+from mutations import MUTATIONS, ROOT
 from reference import Doubles
 
 NARROW = Widths(hidden=12, ffn=20, head_dim=3, heads=4, layers=2)
@@ -220,3 +221,9 @@ def test_mask_equals_narrow_detects_a_wrong_row(monkeypatch, name, width, patter
     invariants.mask_equals_narrow(model, widths, random_batch())
     monkeypatch.setitem(FAMILIES, KINDS[name].config.model_type, broken)
     red(invariants.mask_equals_narrow, model, widths, random_batch())
+
+
+@pytest.mark.parametrize("part", dict.fromkeys(part for part, *_ in MUTATIONS))
+def test_every_mutation_still_applies(part):
+    text = (ROOT / "hdlib" / f"{part}.py").read_text()
+    assert [old for name, old, _ in MUTATIONS if name == part and text.count(old) != 1] == []

@@ -1,6 +1,6 @@
 """The study of a GPU session: the default recipe and the paper's, each iteratively and one-shot, at a rate tuned alike.
 
-First each recipe is tried with every learning rate in a short run, then every arm runs at its recipe's best rate, one
+Each recipe is tried with every learning rate in a short run. Then every arm runs at the best rate of its recipe, one
 seed after the other, as many runs as fit. With a sentence encoder, the default is compared with fewer layers. A run
 whose time is over stops after its step and is recorded with `finished` false; no run begins that would take longer than
 the time that is left. Students of the first seed are saved in the folder `students`.
