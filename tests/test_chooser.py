@@ -257,10 +257,11 @@ def small_run(widget, tmp_path, text_file, **values):
     return choose(widget, **small | {"run_dir": str(tmp_path / "new" / "small")} | values)
 
 
+@pytest.mark.full
 def test_run_starts_a_run_that_finishes(widget, tmp_path, text_file, monkeypatch):
     shown = []
     monkeypatch.setattr(MODULE, "Watch", lambda folder: shown.append(folder) or widgets.HTML())
-    small_run(widget, tmp_path, text_file, steps=6)
+    small_run(widget, tmp_path, text_file, steps=3)
     widget.buttons["run"].click()
     assert widget.buttons["run"].disabled and not widget.buttons["stop"].disabled, "one at a time"
     assert shown == [widget.configuration["run_dir"]] and len(widget.watched.children) == 1

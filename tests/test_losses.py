@@ -344,6 +344,15 @@ def test_projections_and_head_pairing_follow_a_prune():
     torch.testing.assert_close(loss(student_outputs, teacher_outputs, labels).attention, expected)
 
 
+def test_after_several_prunes_heads_are_those_of_the_teacher():
+    loss = losses.DistillationLoss(8, 2, 4)
+    for heads in ([[1, 3], [0, 2]], [[1], [0]]):
+        named = {f"layer.{layer}.heads": torch.tensor(each) for layer, each in enumerate(heads)}
+        loss.narrow(named | {"hidden": torch.arange(8), "layers": torch.arange(2)})
+    assert loss.heads.tolist() == [[3], [0]]
+
+
+
 def test_query_key_scores_are_scaled_products():
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     expected = torch.einsum("bhid,bhjd->bhij", query, key)
