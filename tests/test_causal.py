@@ -119,11 +119,11 @@ def test_every_family_through_the_whole_loop(name, tokenizer, causal_tokenizer, 
     random_model(name, vocabulary=len(its_tokenizer), **special).save_pretrained(tmp_path / "teacher")
     its_tokenizer.save_pretrained(tmp_path / "teacher")
     teacher, its_tokenizer = hdlib.load_teacher(tmp_path / "teacher")
-    config = DistillConfig(**ARGUMENTS | {"steps": 6, "eval_every": 3, "checkpoint_every": 2})
+    config = DistillConfig(**ARGUMENTS | {"steps": 4, "eval_every": 4, "checkpoint_every": 2})
     run = hdlib.distill(teacher, its_tokenizer, *text, config, tmp_path / "run")
     assert run.metrics.loc[0, "held_out_kl"] == 0.0 and run.metrics.loc[0, "held_out_agreement"] == 1.0
     assert all(run.metrics.loc[1, term] == 0.0 for term in ("prediction", "hidden", "attention", "embedding"))
-    assert all(run.metrics.loc[6, term] > 0.0 for term in ("mlm", "prediction", "hidden", "attention"))
+    assert all(run.metrics.loc[4, term] > 0.0 for term in ("mlm", "prediction", "hidden", "attention"))
     student, _ = run.student()
     assert type(student) is type(teacher) and Widths.of(student) == Widths.at(teacher, 0.5)
     measured = hdlib.discrepancy(student.eval(), teacher, sample(text[1], 8))

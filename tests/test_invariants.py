@@ -55,7 +55,7 @@ def test_every_family_width_and_ratio(name, width, ratio, tmp_path):
     invariants.mask_equals_narrow(model, shape, random_batch(size=4))  # and to 1e-5 in float32
 
 
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(drawn=models_and_widths(least_hidden=3))  # a norm over two coordinates is constant and has no gradient
 def test_random_shapes(tmp_path_factory, drawn):
     _, model, widths = drawn
@@ -122,7 +122,7 @@ def test_identity_on_the_embedded_teacher(embedded):
     invariants.identity(*embedded)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", [RATIOS[0], *full(*RATIOS[1:])])
 def test_exact_narrowing_of_the_embedded_teacher(embedded, ratio, tmp_path):
     teacher, batch = embedded
     widths = Widths.at(teacher, ratio)
