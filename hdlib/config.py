@@ -35,7 +35,7 @@ class DistillConfig:
     micro_batch_size: int = option(0, "blocks per forward pass; gradients add up; 0: all blocks of a process", least=0)
     target: float | Widths | dict = option(0.29, "fraction of every width to keep, or the shape to reach")  # noqa: RUF009
     multiple_of: int = option(
-        1, "divides hidden and feed-forward widths, except a given target's; 8 or 16 on GPUs", least=1
+        1, "divides hidden and feed-forward widths, except a given target's; 8 on GPUs, odd widths are slow", least=1
     )
     initial: str = option("teacher", "student at step 0: a copy of the teacher, or random weights of the target shape")
 

@@ -80,7 +80,11 @@ MUTATIONS = [
         "config.layer_types[layer] for layer in layers or range(widths.layers)",
         "*config.layer_types[: widths.layers]",
     ),
-    ("narrowing", "sum(len(kept[block.group]) * block.unit for block in blocks)", "sum(len(kept[block.group]) for block in blocks)"),
+    (
+        "narrowing",
+        "sum(len(kept[block.group]) * block.unit for block in blocks)",
+        "sum(len(kept[block.group]) for block in blocks)",
+    ),
     ("narrowing", "sums[0] = math.inf", "pass"),
     ("narrowing", "forget_parameters(layers[layer].parameters(), optimizer)", "pass"),
     ("training", "score - score.max() - 1 if name.startswith(faded) else score", "score"),

@@ -352,7 +352,6 @@ def test_after_several_prunes_heads_are_those_of_the_teacher():
     assert loss.heads.tolist() == [[3], [0]]
 
 
-
 def test_query_key_scores_are_scaled_products():
     query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     expected = torch.einsum("bhid,bhjd->bhij", query, key)
