@@ -1,21 +1,21 @@
 """Everything that needs a GPU, in one command: `python -m experiments.gpu [--minutes 8] [--dry]`.
 
-Three parts, in this order, each in a process of its own with a time limit: `cases` (device tests against the CPU's
-numbers), `speed` (benchmarks at BERT-base shapes) and `study` (the pack's teacher to a third). Results are in
-runs/gpu, or $OUT, or --out:
+Four parts, in this order, each in a process of its own with a time limit: `cases` (device tests against the CPU's
+numbers), `speed` (benchmarks at BERT-base shapes), `teacher` (the pack's teacher is trained further) and `study` (the
+default recipe and the paper's on it). Results are in runs/gpu, or $OUT, or --out:
 
 - session.json: the command, and how each part ended.
 - verdicts.json: which device tests passed, with the largest difference from the CPU.
 - cases.json, reference.json: the numbers of the device tests, on the accelerator and on the CPU.
-- speed.json, study.json: the measurements.
+- speed.json, teacher.json, study.json: the measurements; teacher and students: the trained models.
 - log.txt: what the parts wrote to standard error.
 
 First make the folder that travels, where the data is (runs/gpu_pack; git ignores it):
 
     python -m experiments.gpu.pack TEACHER TEXT... --validation TEXT
 
-The machine with the GPU needs torch, transformers, accelerate, safetensors, tokenizers, numpy, pandas, pyarrow, tqdm
-and pyyaml. `--dry` runs the same code at toy shapes on a CPU. Named parts run alone, so that a session can be two
+The machine with the GPU needs torch, transformers, accelerate, safetensors, tokenizers, numpy, scipy, pandas, pyarrow,
+tqdm and pyyaml. `--dry` runs the same code at toy shapes on a CPU. Named parts run alone, so that a session can be two
 commands: `cases speed --minutes 5`, then `study --minutes 8`. A second call with the same --out skips what is there.
 """
 
