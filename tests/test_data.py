@@ -16,7 +16,7 @@ import torch
 import zstandard
 
 import hdlib.text.corpus
-from hdlib.data import Masking, TrainingBatches
+from hdlib.data import Blocks, Masking, TrainingBatches, sample
 
 from conftest import sentences
 
@@ -258,3 +258,11 @@ def test_processes_divide_the_batch_of_one_process(tokenizer, blocks):
         together = torch.stack([share[name] for share in shares], dim=1).flatten(0, 1)
         assert torch.equal(together, whole[name])
     assert len({int((share["labels"] != -100).sum()) for share in shares}) == 1, "equal shares, equal means"
+
+
+def test_a_sample_is_drawn_over_all_blocks_and_in_their_order():
+    blocks = Blocks(torch.arange(100)[:, None])
+    drawn = [sample(blocks, 20, seed)[:20]["input_ids"][:, 0].tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] == sorted({*drawn[0]}) and len(drawn[0]) == 20
+    assert all(min(each) < 25 and max(each) >= 75 for each in drawn)
+    assert len(sample(blocks, 200)) == 100
