@@ -136,7 +136,11 @@ def choose_layers(scores: dict[str, Tensor], depth: int, count: int | None) -> T
 
 def take(tensor: Tensor, axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> Tensor:
     """The kept slices of a tensor along each of its axes, contiguous; the tensor itself where all are kept."""
-    return _selected(tensor, [blocks and kept_indices(blocks, kept) for blocks in axes])
+    return _selected(tensor, _indices(axes, kept))
+
+
+def _indices(axes: tuple[Axis, ...], kept: dict[str, Tensor]) -> list[Tensor | None]:
+    return [blocks and kept_indices(blocks, kept) for blocks in axes]
 
 
 def _selected(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
@@ -209,7 +213,7 @@ def _remove_layers(model: PreTrainedModel, kept: list[int], optimizer: torch.opt
 
 
 def _narrow_parameter(parameter: nn.Parameter, sites, axes, kept, scale: float, optimizer) -> None:
-    kept_slices = partial(_selected, indices=[blocks and kept_indices(blocks, kept) for blocks in axes])
+    kept_slices = partial(_selected, indices=_indices(axes, kept))  # once for weight, gradient and moments
     data, factor = kept_slices(parameter.data), _query_factor(axes, kept, scale)
     if factor is not None:
         factor = factor.to(data)
@@ -293,14 +297,14 @@ def check_narrowable(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
 
 def _check_shapes(model: PreTrainedModel, stock: PreTrainedModel, axes, kept: dict[str, Tensor]) -> None:
     """Compare the shapes that narrowing will give with those of the stock constructor."""
-    expected_shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
     for name, parameter in model.named_parameters():
         blocks = zip(axes[name], parameter.shape, strict=True)
         shape = tuple(size if axis is None else _kept_length(axis, kept) for axis, size in blocks)
-        expected = expected_shapes[name]
-        if shape != expected:
+        if shape != expected[name]:
             raise UnsupportedArchitecture(
-                f"{name} would have shape {shape}, in a stock model {expected}: correct its row in hdlib/families.py"
+                f"{name} would have shape {shape}, in a stock model {expected[name]}: "
+                "correct its row in hdlib/families.py"
             )
 
 

@@ -68,9 +68,8 @@ def run(part: Part) -> None:
     if trained.exists():
         teacher, _ = hdlib.load_teacher(trained)
     data = teacher, tokenizer, train, held_out
-    options, arms = CONFIG | TOY if part.plan.dry else CONFIG, ARMS
-    if is_encoder(teacher):
-        options, arms = CONFIG | ENCODER | (TOY if part.plan.dry else {}), ENCODER_ARMS
+    options, arms = (CONFIG | ENCODER, ENCODER_ARMS) if is_encoder(teacher) else (CONFIG, ARMS)
+    options = options | (TOY if part.plan.dry else {})
     recipes = dict.fromkeys(recipe for recipe, _ in arms.values())
     best, longest = {recipe: _best_rate(part, data, recipe, options) for recipe in recipes}, 0.0
     for seed in range(1, 2 if part.plan.dry else 1 + SEEDS):
