@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple, Self
@@ -24,12 +25,14 @@ from .families import HIDDEN
 from .losses import DistillationLoss, LossTerms, Share
 from .masks import Masks, applied
 from .models import SAFE_LOADING, forward, is_encoder, no_progress_bars, random_student, student_of
-from .narrowing import choose, choose_layers, narrow
+from .narrowing import choose, layers_of, narrow
 from .precision import cast_once
 from .reconstruction import WINDOW, Compensation
 from .runs import Run
 from .scorers import scorer
 from .widths import LAYERS, Widths, all_neurons, renumbered, source_layers, spaced_layers
+
+LAYER_TOKENS = 512  # read to choose a layer that leaves
 
 
 class Diverged(ArithmeticError):
@@ -62,8 +65,8 @@ class Training:
         warmup = round(config.warmup * config.steps)
         self.learning_rate = get_linear_schedule_with_warmup(self.optimizer, warmup, config.steps)
         self.step, self.seconds, self.last_seconds, self._started = 0, 0.0, 0.0, 0.0
-        self.stop_requested, self._module = False, None
-        self._leaving: int | None = None  # the student's layer that is faded out
+        self.stop_requested, self._module, self._batch = False, None, {}
+        self._leaving: list[int] = []  # the student's layers that leave next, in their order; the first is faded out
         self._kept = all_neurons(student) if config.initial == "teacher" else {}
         self.pool_as_teacher()
 
@@ -76,13 +79,14 @@ class Training:
             except BrokenCheckpoint as error:
                 tqdm.write(f"{error}: trying the checkpoint before it, or step 0 if there is none")
                 continue
-            if "leaving" not in state:
+            if "leaving_layers" not in state:
                 raise ValueError(EARLIER.format(folder))
             with no_progress_bars():
                 student = type(teacher).from_pretrained(folder, dtype=torch.float32, **SAFE_LOADING).to(teacher.device)
             # A copy: how a product is rounded depends on the alignment in memory, which a file does not keep.
             training = cls(teacher, target, held_out, config, student_of(student))
-            training.step, training.seconds, training._leaving = state["step"], state["seconds"], state["leaving"]
+            training.step, training.seconds = state["step"], state["seconds"]
+            training._leaving = state["leaving_layers"]
             training._kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
             for name, part in training._parts().items():
                 part.load_state_dict(state[name])
@@ -93,7 +97,7 @@ class Training:
     def state(self) -> dict:
         """What a checkpoint stores beside the student's weights."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        own = {"step": self.step, "seconds": self.seconds, "kept": self._kept, "leaving": self._leaving}
+        own = {"step": self.step, "seconds": self.seconds, "kept": self._kept, "leaving_layers": self._leaving}
         return own | parts
 
     def _parts(self) -> dict:
@@ -117,7 +121,7 @@ class Training:
         sums, processes = Counter(), PartialState().num_processes
         label_count = int(batch.get("label_count", 0))
         parts = [*micro_batches(batch, self.config.micro_batch_size)]
-        self._module = self._module or self._one_module(parts[0][0])
+        self._module, self._batch = self._module or self._one_module(parts[0][0]), parts[0][0]
         for number, (part, share) in enumerate(parts, 1):
             accumulates = processes > 1 and number < len(parts)
             recording = self._recording(part.get("attention_mask"))
@@ -182,7 +186,7 @@ class Training:
     def is_copy(self) -> bool:
         """Whether the student is a sentence encoder before its first prune: no label moves it off its teacher."""
         whole = self.config.initial == "teacher" and self.widths == Widths.of(self.teacher)
-        return whole and self._leaving is None and is_encoder(self.teacher)
+        return whole and not self._leaving and is_encoder(self.teacher)
 
     def _probe(self, embeddings: Tensor) -> Tensor:
         """0.0, with the gradient of embeddings (B, E) along a random direction, since that of a copy's loss is 0.
@@ -206,10 +210,40 @@ class Training:
         depths = (self.config.depth_at(step, self.teacher, self.target) for step in (self.step - 1, self.step))
         before, now = (min(max(depth - others, 0.0), 1.0) for depth in depths)
         if now < 1:
-            if self._leaving is None:
-                stay = choose_layers(self._scores(), others + 1, others)
-                (self._leaving,) = {*range(others + 1)} - {*stay.tolist()}
-            fade(self.student, self._leaving, now / before if before else 0.0)
+            self.choose_leaving(1)
+            fade(self.student, self._leaving[0], now / before if before else 0.0)
+
+    @torch.no_grad()
+    def choose_leaving(self, count: int) -> None:
+        """Choose the next of the `count` layers that leave: each time the one that the predictions need least.
+
+        Every layer but the first is left out in turn, on tokens of the last batch. The scores of neurons, first-order
+        or local, say little of so large a change (ledger, "Fewer layers").
+        """
+        if len(self._leaving) >= count:
+            return
+        layers = self.student.get_submodule(layers_of(self.student))
+        weights = deepcopy(layers.state_dict())
+        for layer in self._leaving:
+            fade(self.student, layer, 0.0)
+        while len(self._leaving) < count:
+            losses = {}
+            for layer in {*range(1, len(layers))} - {*self._leaving}:
+                before = deepcopy(layers[layer].state_dict())
+                fade(self.student, layer, 0.0)
+                losses[layer] = self._prediction_loss()
+                layers[layer].load_state_dict(before)
+            self._leaving.append(min(losses, key=losses.get))
+            fade(self.student, self._leaving[-1], 0.0)
+        layers.load_state_dict(weights)
+
+    def _prediction_loss(self) -> float:
+        """The terms of the loss that compare predictions, or embeddings, on some tokens of the last batch."""
+        blocks = -(-LAYER_TOKENS // self._batch["input_ids"].shape[1])
+        some = {name: each[:blocks] for name, each in self._batch.items()}
+        terms = self._losses(some, labels_in_batch=1, share=Share())
+        compared = [term for term in (terms.mlm, terms.prediction, terms.similarity) if term is not None]
+        return float(reduce(sum(compared) if compared else terms.total, "sum"))
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons and layers of highest importance, as many as `widths` has. None if not due.
@@ -239,8 +273,10 @@ class Training:
 
     def _narrow(self, widths: Widths, scores: dict[str, Tensor]) -> None:
         """Remove neurons and layers from the student and from all that is trained with it."""
-        shape, faded = self.widths, f"layer.{self._leaving}."
-        scores = {name: score - score.max() - 1 if name.startswith(faded) else score for name, score in scores.items()}
+        shape = self.widths
+        self.choose_leaving(shape.layers - widths.layers)
+        gone = tuple(f"layer.{layer}." for layer in self._leaving[: shape.layers - widths.layers])
+        scores = {name: score - score.max() - 1 if name.startswith(gone) else score for name, score in scores.items()}
         if self.compensation is not None:
             self.compensation.apply(self.student, self.loss, choose(scores, shape, widths, source_layers(self.student)))
         kept = narrow(self.student, widths, scores, self.optimizer)
@@ -249,8 +285,8 @@ class Training:
         if self._kept:
             names = renumbered(kept, {layer: self.layers[layer] for layer in kept[LAYERS].tolist()})
             self._kept = {name: self._kept[name][indices.cpu()] for name, indices in names.items()}
-        if shape.layers > widths.layers:
-            self._leaving = None
+        if gone:
+            self._leaving = []
         self._module = None
         self.pool_as_teacher()
 

@@ -234,7 +234,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_run_left_as_it_is
         (newest / STATE).rename(newest / "training.safetensors")
     else:
         state = torch.load(newest / STATE)
-        del state["leaving"]
+        del state["leaving_layers"]
         torch.save(state, newest / STATE)
     sign(newest)
     with pytest.raises(ValueError, match=rf"{newest} is a checkpoint of an earlier hdlib: resume it with that version"):

@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM
 
 import hdlib
 from hdlib import DistillConfig, Masks, Widths
+from hdlib.data import Sentences, TrainingBatches
 from hdlib.discrepancy import discrepancy
 from hdlib.fading import fade
 from hdlib.models import forward
@@ -182,7 +183,7 @@ def test_a_resumed_fade_equals_an_uninterrupted_one(deep, tokenizer, blocks, tmp
     whole = hdlib.distill(deep, tokenizer, *blocks, config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         hdlib.distill(deep, tokenizer, *blocks, config, tmp_path / "killed", on_step=kill)
-    assert torch.load(tmp_path / "killed/checkpoints/step_00000005/training.pt")["leaving"] is not None
+    assert torch.load(tmp_path / "killed/checkpoints/step_00000005/training.pt")["leaving_layers"]
     resumed = hdlib.distill(deep, tokenizer, *blocks, config, tmp_path / "killed", resume=True)
     one, other = (load_file(run.student_folder / "model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -205,17 +206,37 @@ def test_a_layer_that_began_to_leave_leaves(deep):
         training.forward_backward(batch)
         training.score()
         training.optimizer.zero_grad()
-        was = training._leaving
-        if was is not None:  # now it seems to be the most important
+        was = [*training._leaving]
+        if was:  # now it seems to be the most important
             for name, score in training.importance._averages.items():
-                score.fill_(1e3 if name.startswith(f"layer.{was}.") else 1.0)
+                score.fill_(1e3 if name.startswith(f"layer.{was[0]}.") else 1.0)
         before = training.layers
         training.prune(config.widths_at(step, deep, training.target))
         if training.layers != before:
-            assert {*before} - {*training.layers} == {before[was]}
+            assert {*before} - {*training.layers} == {before[was[0]]}
             break
         training.fade()
     assert len(training.layers) == 3
+
+
+def test_the_layers_that_leave_are_those_that_predictions_need_least(deep):
+    """Against all scores; to choose them changes no weight."""
+    teacher = copy.deepcopy(deep)
+    fade(teacher, 1, 0.1), fade(teacher, 2, 0.0)
+    config = DistillConfig(**FADING | {"mlm": 0.0})
+    training = Training.begin(teacher, config.shape(teacher), None, config, None)
+    training.start_step(1)
+    training.forward_backward(invariants._batch(random_batch(size=8)))
+    training.importance._averages = without(teacher, 3)
+    training.choose_leaving(1)
+    assert training._leaving == [2]
+    training.choose_leaving(2)
+    assert training._leaving == [2, 1]
+    for weight, same in zip(training.student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(weight, same)
+    training._leaving = []
+    training._narrow(training.target, training._scores())
+    assert training.layers == [0, 3] and not training._leaving
 
 
 def test_the_last_states_are_compared():
@@ -280,13 +301,14 @@ def test_an_encoder_that_fades_is_no_copy(tokenizer, tmp_path):
     config = DistillConfig(**FADING)
     training = Training.begin(teacher, config.shape(teacher), None, config, None)
     assert training.is_copy
-    training.importance._averages = without(teacher, 2)
-    training.step = 4
+    training.start_step(4)
+    training.forward_backward(TrainingBatches(Sentences.of(random_batch(size=4)[0].tolist()), None, 4, seed=0)[0])
+    training.score()
     training.fade()
-    assert not training.is_copy and training._leaving == 2
+    assert not training.is_copy and len(training._leaving) == 1
     training.loss.hidden_projections[-1].data.fill_(7.0)
     training.prune(training.target)
-    assert training.layers == [0, 1] and training._leaving is None
+    assert len(training.layers) == 2 and not training._leaving
     assert training.student.sentence_pooling.projection.eq(7.0).all()
 
 

@@ -250,6 +250,7 @@ def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Tra
 def _measured(training: Training, shape: Widths, length: int) -> dict[str, float]:
     """Latency, and discrepancy after one compensated prune, of a copy of the student."""
     shared = (training.teacher, training.cast_teacher, training.held_out)
+    training.choose_leaving(training.widths.layers - shape.layers)
     pruned = deepcopy(training, {id(each): each for each in shared})
     pruned.prune(shape)
     milliseconds = latency({"": pruned.student}, 1, length, REPEATS)[""]
