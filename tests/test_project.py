@@ -178,10 +178,10 @@ def test_the_cost_notebook_measures_and_exports(tmp_path):
 def test_the_sentence_encoder_notebook_measures_every_arm(tmp_path, text_file):
     path = next(path for path in NOTEBOOKS if path.stem == "22_sentence_encoder")
     paths = {"corpus": str(text_file), "runs": str(tmp_path / "runs"), "results": str(tmp_path / "out")}
-    result, _ = execute(path, tmp_path / "out", **paths, ratios=[0.5], query="the student learns")
-    arms = ["teacher", *(f"{arm}_0.5" for arm in ("homodistil", "one_shot", "compensated", "random_start", "layers"))]
+    result, _ = execute(path, tmp_path / "out", **paths, ratios=[0.5], shapes=3, query="the student learns")
+    arms = [f"{arm}_0.5" for arm in ["default", "budget", "one_shot", "homodistil", "random_start", "layers"]]
     assert result["cosine_distance_teacher"] == 0.0 and result["recall_teacher"] == 1.0
-    assert all(0 < result[f"cosine_distance_{arm}"] < 2 for arm in arms[1:])
+    assert all(0 < result[f"cosine_distance_{arm}"] < 2 for arm in arms)
     assert 0.9 < result["rank_correlation_pca_0.5"] <= 1 and "cosine_distance_pca_0.5" not in result
 
 

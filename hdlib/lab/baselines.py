@@ -69,10 +69,14 @@ def distil_embeddings(
     return student
 
 
+def depth(teacher: PreTrainedModel, ratio: float) -> int:
+    """The number of layers that have about as many parameters as all layers at `ratio` of the width."""
+    return max(1, round(ratio**2 * teacher.config.num_hidden_layers))
+
+
 def fewer_layers(teacher, train: Sentences, ratio: float, **recipe) -> PreTrainedModel:
-    """A teacher with about `ratio`^2 of its layers, as many parameters as with `ratio` of its width, trained again."""
-    layers = max(1, round(ratio**2 * teacher.config.num_hidden_layers))
-    return distil_embeddings(keep_layers(teacher, layers), teacher, train, **recipe)
+    """A teacher with `depth(teacher, ratio)` of its layers, trained again."""
+    return distil_embeddings(keep_layers(teacher, depth(teacher, ratio)), teacher, train, **recipe)
 
 
 def fewer_dimensions(teacher, train: Sentences, ratio: float, seed: int = 0) -> PreTrainedModel:
