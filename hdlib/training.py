@@ -238,12 +238,12 @@ class Training:
         layers.load_state_dict(weights)
 
     def _prediction_loss(self) -> float:
-        """The terms of the loss that compare predictions, or embeddings, on some tokens of the last batch."""
+        """The prediction term on some tokens of the last batch; without it, mlm, which is noisier, or the total."""
         blocks = -(-LAYER_TOKENS // self._batch["input_ids"].shape[1])
         some = {name: each[:blocks] for name, each in self._batch.items()}
         terms = self._losses(some, labels_in_batch=1, share=Share())
-        compared = [term for term in (terms.mlm, terms.prediction, terms.similarity) if term is not None]
-        return float(reduce(sum(compared) if compared else terms.total, "sum"))
+        compared = (terms.prediction, terms.similarity, terms.mlm, terms.total)
+        return float(reduce(next(term for term in compared if term is not None), "sum"))
 
     def prune(self, widths: Widths) -> Pruned | None:
         """Keep the neurons and layers of highest importance, as many as `widths` has. None if not due.
