@@ -92,6 +92,8 @@ MUTATIONS = [
     ("training", "min(losses, key=losses.get)", "max(losses, key=losses.get)"),
     ("training", "layers[layer].load_state_dict(before)", "pass"),
     ("training", "layers.load_state_dict(weights)", "pass"),
+    ("training", "for layer in self._leaving:\n            fade(self.student, layer, 0.0)", "pass"),
+    ("training", "- {*self._leaving}:", "- set():"),
     ("training", "not self._leaving and is_encoder(self.teacher)", "is_encoder(self.teacher)"),
     (
         "reconstruction",

@@ -222,21 +222,37 @@ def test_a_layer_that_began_to_leave_leaves(deep):
 def test_the_layers_that_leave_are_those_that_predictions_need_least(deep):
     """Against all scores; to choose them changes no weight."""
     teacher = copy.deepcopy(deep)
-    fade(teacher, 1, 0.1), fade(teacher, 2, 0.0)
+    fade(teacher, 2, 0.1), fade(teacher, 3, 0.0)
     config = DistillConfig(**FADING | {"mlm": 0.0})
     training = Training.begin(teacher, config.shape(teacher), None, config, None)
     training.start_step(1)
     training.forward_backward(invariants._batch(random_batch(size=8)))
-    training.importance._averages = without(teacher, 3)
+    training.importance._averages = without(teacher, 1)
     training.choose_leaving(1)
-    assert training._leaving == [2]
+    assert training._leaving == [3]
     training.choose_leaving(2)
-    assert training._leaving == [2, 1]
+    assert training._leaving == [3, 2]
     for weight, same in zip(training.student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(weight, same)
     training._leaving = []
     training._narrow(training.target, training._scores())
-    assert training.layers == [0, 3] and not training._leaving
+    assert training.layers == [0, 1] and not training._leaving
+
+
+def test_candidates_are_left_out_one_at_a_time(deep, monkeypatch):
+    """Beside those that were chosen before."""
+    config = DistillConfig(**FADING)
+    training, absent = Training.begin(deep, config.shape(deep), None, config, None), []
+    layers = training.student.bert.encoder.layer
+
+    def loss() -> float:
+        absent.append([number for number, layer in enumerate(layers) if not layer.output.dense.weight.any()])
+        return 1.0 / len(absent)
+
+    monkeypatch.setattr(training, "_prediction_loss", loss)
+    training._leaving = [1]
+    training.choose_leaving(2)
+    assert absent == [[1, 2], [1, 3]] and training._leaving == [1, 3]
 
 
 def test_the_last_states_are_compared():
