@@ -224,7 +224,7 @@ class Widths:
     def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Self:
         """The possible shape nearest to `ratio` times the model's widths. All layers stay.
 
-        Every head loses dimensions where the family allows it; else whole heads are removed.
+        Whole heads are removed, as many as possible, so that the others stay wide (ledger, "Shapes for a budget").
 
         Args:
             ratio: the fraction of every width to keep, in (0, 1].
@@ -241,14 +241,17 @@ class Widths:
         if "head_dim" in declared.fixed and not declared.linked:
             heads = min(_possible_heads(model, declared), key=lambda n: abs(n - ratio * wide.heads))
             shape = replace(shape, heads=heads)
+        if declared.linked and "head_dim" not in declared.fixed:
+            shape = replace(shape, heads=_heads_at(wide, ratio, multiple_of))
         if HIDDEN not in declared.fixed:
             grain = lcm(_hidden_grain(shape, declared), multiple_of)
-            hidden = _nearest_multiple(ratio * wide.hidden, grain, wide.hidden, "hidden")
+            limit = shape.heads * shape.head_dim if declared.linked else wide.hidden
+            hidden = _nearest_multiple(ratio * wide.hidden, grain, limit, "hidden")
             if hidden == _separate_embedding(model, declared):
                 hidden += -grain if hidden > grain else grain
             shape = replace(shape, hidden=hidden)
-        if declared.linked:
-            shape = cls(shape.hidden, shape.ffn)  # the heads follow
+        if declared.linked:  # the dimensions of heads follow, or their number
+            shape = cls(shape.hidden, shape.ffn, heads=None if "head_dim" in declared.fixed else shape.heads)
         return shape.resolved(model)
 
     def resolved(self, model: PreTrainedModel) -> Self:
@@ -277,18 +280,21 @@ class Widths:
         """
         wide, goal, declared = asdict(self), asdict(narrow), family(model)
         now = {name: round(wide[name] + (goal[name] - wide[name]) * progress) for name in wide}
-        grains = {"hidden": multiple_of, "ffn": multiple_of}
-        if declared.linked and "head_dim" not in declared.fixed:
-            grains["head_dim"] = multiple_of // gcd(multiple_of, wide["heads"])
+        grains, free = {"hidden": multiple_of, "ffn": multiple_of}, declared.linked and "head_dim" not in declared.fixed
+        if free:
+            grains["head_dim"] = multiple_of // gcd(multiple_of, wide["heads"] if wide["heads"] == goal["heads"] else 1)
         for name, grain in grains.items():
             if progress < 1 and goal[name] < wide[name]:
                 now[name] = min(wide[name], _rounded_up(now[name], grain))
+        if free and progress < 1:
+            grain = multiple_of // gcd(multiple_of, now["head_dim"])
+            now["heads"] = min(wide["heads"], _rounded_up(now["heads"], grain))
         if "head_dim" in declared.fixed:
             possible = [n for n in _possible_heads(model, declared) if goal["heads"] <= n <= wide["heads"]]
             now["heads"] = min(possible, key=lambda n: abs(n - now["heads"]))
         if declared.linked:
             if now["heads"] * now["head_dim"] == _separate_embedding(model, declared):
-                now["head_dim"] += 1
+                now["head_dim" if now["head_dim"] < wide["head_dim"] else "heads"] += 1
             now["hidden"] = now["heads"] * now["head_dim"]
         elif declared.divisible:
             fits = (n for n in possible if n >= now["heads"] and _rounded_up(now["hidden"], n) <= wide["hidden"])
@@ -413,6 +419,17 @@ def _separate_embedding(model: PreTrainedModel, declared: Family) -> int | None:
     """The width of the embeddings if it is not the hidden width, else None: no student may have this hidden width."""
     width = getattr(model.config, declared.embedding, None) if declared.embedding else None
     return width if width and width != model.config.hidden_size else None
+
+
+def _heads_at(wide: Widths, ratio: float, multiple_of: int) -> int:
+    """The fewest heads, no wider than before, that come as near to `ratio` of the hidden width as all heads can."""
+    enough, distances = max(wide.heads, multiple_of) / 2, {}
+    for heads in range(1, wide.heads + 1):
+        grain, limit = lcm(heads, multiple_of), heads * wide.head_dim
+        if grain <= limit:
+            hidden = _nearest_multiple(ratio * wide.hidden, grain, limit, "hidden")
+            distances[heads] = max(enough, abs(hidden - ratio * wide.hidden))
+    return min(distances, key=distances.get, default=wide.heads)  # without any, _nearest_multiple says so
 
 
 def _nearest_multiple(value: float, multiple: int, limit: int, name: str) -> int:

@@ -16,15 +16,15 @@ from reference import zeroed
 
 
 @pytest.mark.parametrize(
-    "ratio, hidden, ffn, millions",
-    [(0.75, 576, 2304, 65.0), (0.3125, 240, 960, 15.6)],  # HomoBERT-base and -xsmall, as published
+    "hidden, ffn, heads, millions",  # of HomoBERT-base, -small, -xsmall and -tiny: the sizes as published
+    [(576, 2304, 9, 65.0), (256, 1024, 4, 17.3), (240, 960, 4, 15.6), (224, 896, 4, 14.1)],
 )
-def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
+def test_the_published_shapes_and_sizes(hidden, ffn, heads, millions):
     with torch.device("meta"):
         base = BertModel(BertConfig())
-        widths = Widths.at(base, ratio)
-        assert widths == Widths(hidden, ffn, hidden // 12, 12, 12)
-        narrow = BertModel(BertConfig(hidden_size=hidden, intermediate_size=ffn))
+        widths = Widths.at(base, hidden / 768)
+        assert widths == Widths(hidden, ffn, hidden // heads, heads, 12)
+        narrow = BertModel(BertConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads))
     layers_and_tokens = sum(p.numel() for n, p in narrow.named_parameters() if "layer" in n or "word" in n)
     assert layers_and_tokens / 1e6 == pytest.approx(millions, rel=0.01)
 
@@ -32,10 +32,12 @@ def test_the_published_shapes_and_sizes(ratio, hidden, ffn, millions):
 def test_the_nearest_possible_shape():
     with torch.device("meta"):
         base = BertModel(BertConfig())
-    assert Widths.at(base, 0.29) == Widths(228, 891, 19, 12, 12)
-    assert Widths.at(base, 0.29, multiple_of=8) == Widths(216, 888, 18, 12, 12)
+    assert Widths.at(base, 0.29) == Widths(224, 891, 56, 4, 12)
+    assert Widths.at(base, 0.29, multiple_of=16) == Widths(224, 896, 56, 4, 12)
+    assert Widths.at(base, 0.7, multiple_of=16) == Widths(528, 2144, 48, 11, 12)
+    assert Widths.at(base, 0.7, multiple_of=64) == Widths(512, 2176, 64, 8, 12)
     assert Widths.at(base, 1.0) == Widths.of(base) == Widths(768, 3072, 64, 12, 12)
-    assert Widths.at(base, 0.001).hidden == 12
+    assert Widths.at(base, 0.001) == Widths(1, 3, 1, 1, 12)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +63,13 @@ def test_missing_widths_follow(given, full):
 def test_the_path_between_two_shapes(multiple_of):
     with torch.device("meta"):
         base = BertModel(BertConfig())
-    wide, narrow = Widths(768, 3072, 64, 12, 12), Widths(228, 891, 19, 12, 5)
+    wide, narrow = Widths(768, 3072, 64, 12, 12), Widths(224, 891, 56, 4, 5)
     assert wide.between(narrow, 0.0, base) == wide and wide.between(narrow, 1.0, base) == narrow
     path = [wide.between(narrow, i / 100, base, multiple_of) for i in range(101)]
     for shape in path[1:-1]:
         assert all(width % multiple_of == 0 or width in (768, 3072) for width in (shape.hidden, shape.ffn))
     assert len(set(path)) > 3
-    for name in ("hidden", "ffn", "head_dim", "layers"):
+    for name in vars(narrow):
         widths = [getattr(shape, name) for shape in path]
         assert widths == sorted(widths, reverse=True)
     assert all(shape.hidden == shape.heads * shape.head_dim for shape in path)
@@ -182,7 +184,10 @@ def test_what_a_family_cannot_become(name, widths, words):
 def test_the_width_of_the_embeddings_is_skipped(name, option):
     """If a student's hidden width equalled that of its embeddings, it would be loaded without their projection."""
     model = random_model(name, **{option: 12})
-    assert Widths.at(model, 0.5) == Widths(hidden=8, ffn=28, head_dim=2, heads=4, layers=2)
-    least = Widths.at(model, 0.3)
+    assert Widths.at(model, 0.5) == Widths(hidden=10, ffn=28, head_dim=5, heads=2, layers=2)
+    least = Widths(8, 17, heads=4).resolved(model)
     path = [Widths.of(model).between(least, i / 40, model) for i in range(41)]
     assert {shape.hidden for shape in path} == {24, 20, 16, 8}
+    one_head = Widths.at(model, 0.25)
+    path = [Widths.of(model).between(one_head, i / 40, model) for i in range(41)]
+    assert {(shape.heads, shape.head_dim) for shape in path} == {(4, 6), (3, 6), (1, 6)}
