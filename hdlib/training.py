@@ -88,6 +88,7 @@ class Training:
             training.step, training.seconds = state["step"], state["seconds"]
             training._leaving = state["leaving_layers"]
             training._kept = {name: neurons.cpu() for name, neurons in state["kept"].items()}
+            training.loss.heads = state["loss"]["heads"]  # fewer where heads are masked
             for name, part in training._parts().items():
                 part.load_state_dict(state[name])
             return training

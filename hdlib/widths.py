@@ -422,13 +422,14 @@ def _separate_embedding(model: PreTrainedModel, declared: Family) -> int | None:
 
 
 def _heads_at(wide: Widths, ratio: float, multiple_of: int) -> int:
-    """The fewest heads, no wider than before, that come as near to `ratio` of the hidden width as all heads can."""
-    enough, distances = max(wide.heads, multiple_of) / 2, {}
+    """The fewest heads, no wider than before, that make up `ratio` of the hidden width as exactly as all heads can."""
+    distances = {}
     for heads in range(1, wide.heads + 1):
         grain, limit = lcm(heads, multiple_of), heads * wide.head_dim
         if grain <= limit:
             hidden = _nearest_multiple(ratio * wide.hidden, grain, limit, "hidden")
-            distances[heads] = max(enough, abs(hidden - ratio * wide.hidden))
+            distance = abs(hidden - ratio * wide.hidden)
+            distances[heads] = distance if distance > min(grain, max(wide.heads, multiple_of)) / 2 else 0.0
     return min(distances, key=distances.get, default=wide.heads)  # without any, _nearest_multiple says so
 
 

@@ -47,8 +47,9 @@ def test_students_have_the_expected_shapes_and_operations():
     found = student.measure(TINY)
     fewer = found["times fewer operations"]
     assert fewer[1.0, "teacher"] == 1.0 < fewer[0.29, "nearest"]
-    assert found.loc[(0.5, "multiples of 16"), "widths"] == "48/48, 12 x 4", "multiples of 16, hidden also of 12 heads"
-    assert found.loc[(0.5, "whole heads"), "widths"] == "24/48, 6 x 4"
+    assert found.loc[(0.5, "multiples of 16"), "widths"] == "16/48, 4 x 4"
+    assert found.loc[(0.5, "nearest"), "widths"] == "24/48, 6 x 4"
+    assert found.loc[(0.5, "all heads"), "widths"] == "24/48, 12 x 2"
     assert list(QUESTIONS) == ["run", "step", "memory", "prune", "peers", "student", "growth", "compile"]
 
 

@@ -241,7 +241,7 @@ def test_the_text_fallback_holds_the_choice_and_its_sizes(widget):
     bundle = choose(widget, target=0.5, steps=123)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     text = bundle["text/plain"]
-    for row in (r"hidden +180 +96 ", r"parameters of the encoder +2,346,840 ", "steps: 123", "teacher: embedded"):
+    for row in (r"hidden +180 +90 ", r"parameters of the encoder +2,346,840 ", "steps: 123", "teacher: embedded"):
         assert re.search(f"^{row}", text, re.M)
     assert f"{widget.sizes.loc[ROWS['gflop'], 'student']:.4g}" in text
 

@@ -81,7 +81,7 @@ def agree(one: hdlib.Run, several: hdlib.Run) -> None:
     for path in (*one.checkpoints(), *one.folder.glob("student")):
         found = load_file(several.folder / path.relative_to(one.folder) / "model.safetensors")
         for name, weight in load_file(path / "model.safetensors").items():
-            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-4)
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=3e-4)
 
 
 def test_two_processes(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -14,13 +13,13 @@ from hdlib.lab.cost import flops
 from hdlib.models import student_of
 
 from .turns import in_turns
-from .work import Setting, Work
+from .work import Setting, Work, all_heads
 
 RATIOS = (0.66, 0.5, 0.33, 0.29)
-SHAPES = {  # of a kept fraction: narrower heads, the same rounded to multiples of 16, or fewer heads of full width
+SHAPES = {  # of a kept fraction: fewer heads, the same in multiples of 16, or narrower heads
     "nearest": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio),
     "multiples of 16": lambda teacher, ratio: hdlib.Widths.at(teacher, ratio, 16),
-    "whole heads": lambda teacher, ratio: _whole_heads(hdlib.Widths.of(teacher), ratio),
+    "all heads": all_heads,
 }
 
 
@@ -51,11 +50,6 @@ def measure(setting: Setting) -> pd.DataFrame:
     table["lowest"] = faster.min() / table["times fewer operations"]
     table["highest"] = faster.max() / table["times fewer operations"]
     return table.rename_axis(["kept", "shape"])
-
-
-def _whole_heads(wide: hdlib.Widths, ratio: float) -> hdlib.Widths:
-    heads = max(1, round(ratio * wide.heads))
-    return replace(wide, hidden=heads * wide.head_dim, ffn=round(ratio * wide.ffn), heads=heads)
 
 
 def _named(config: BertConfig) -> str:

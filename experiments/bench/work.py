@@ -43,6 +43,12 @@ class Setting:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
+def all_heads(model: PreTrainedModel, ratio: float) -> hdlib.Widths:
+    """A shape in which every head is narrower."""
+    wide = hdlib.Widths.of(model)
+    return hdlib.Widths(ffn=round(ratio * wide.ffn), head_dim=max(1, round(ratio * wide.head_dim)))
+
+
 class Work:
     """A teacher, a student of a kept fraction of its widths, and a batch with 15 % of its tokens masked."""
 
@@ -52,7 +58,7 @@ class Work:
         self.student = student_of(teacher)
         self.teacher = cast_once(teacher, setting.precision)
         if ratio < 1:
-            hdlib.narrow(self.student, hdlib.Widths.at(self.student, ratio))
+            hdlib.narrow(self.student, all_heads(self.student, ratio))  # the naive step compares all of them
         self.read(setting.batch_size, setting.length)
         sizes = self.student.config.hidden_size, self.teacher.config.hidden_size
         layers = self.teacher.config.num_hidden_layers
