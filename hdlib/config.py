@@ -42,7 +42,7 @@ class DistillConfig:
     # Pruning, from step t_i to step t_f
     schedule: str = option("cubic", "how the kept fraction falls: cubic, linear or one_shot")
     prune_start: float = option(0.05, "t_i as a fraction of the steps")
-    prune_end: float = option(0.70, "t_f as a fraction of the steps")
+    prune_end: float = option(0.5, "t_f as a fraction of the steps")
     prune_every: int = option(10, "steps between two prunes", least=1)
     scorer: str = option("reconstruction", "importance, by one of hdlib.scorers.SCORERS")
     smoothing: float = option(0.85, "beta, weight of the past in the moving average of the scores")
@@ -54,7 +54,7 @@ class DistillConfig:
 
     # Loss
     mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")
-    prediction: float = option(1.0, "weight of KL(teacher || student); sentence encoders: of their distance")
+    prediction: float = option(10.0, "weight of KL(teacher || student); sentence encoders: of their distance")
     hidden: float = option(1.0, "weight of the hidden-state loss")
     attention: float = option(1.0, "weight of the attention loss")
     embedding: float = option(1.0, "weight of the embedding loss")
@@ -276,9 +276,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 PAPER = {  # where the published recipe differs from the defaults
+    "prune_end": 0.7,
     "scorer": "sensitivity",
     "rotate": False,
     "compensate": False,
+    "prediction": 1.0,
     "mask_probability": 0.15,
     "learning_rate": 6e-4,
 }

@@ -50,7 +50,6 @@ ENCODER = {
     "batch_size": 128,
     "target": 0.5,
     "attention": 0.0,
-    "prediction": 10.0,
     "weight_decay": 0.0,
     "prune_end": 0.3,
 }
