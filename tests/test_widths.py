@@ -32,6 +32,8 @@ def test_the_published_shapes_and_sizes(hidden, ffn, heads, millions):
 def test_the_nearest_possible_shape():
     with torch.device("meta"):
         base = BertModel(BertConfig())
+        small = BertModel(BertConfig(hidden_size=180, num_attention_heads=12))
+    assert Widths.at(small, 62 / 180).head_dim == 15, "4 heads of 15.5 dimensions would be wider than the model's"
     assert Widths.at(base, 0.29) == Widths(224, 891, 56, 4, 12)
     assert Widths.at(base, 0.29, multiple_of=16) == Widths(224, 896, 56, 4, 12)
     assert Widths.at(base, 0.7, multiple_of=16) == Widths(528, 2144, 48, 11, 12)

@@ -85,7 +85,7 @@ def shapes(
     Returns:
         A row a shape: `shape` (Widths), its widths, the costs that a Budget limits, and `predicted`: the held-out KL
         in nats, for sentence encoders the cosine distance, after one compensated prune without training. It orders
-        shapes, and is far above the loss after training.
+        shapes of one depth, is too low for fewer layers, and is far above the loss after training.
 
     Raises ValueError for a budget below the smallest shape, and for what `hdlib.distill` refuses.
     """
