@@ -224,7 +224,7 @@ class Widths:
     def at(cls, model: PreTrainedModel, ratio: float, multiple_of: int = 1) -> Self:
         """The possible shape nearest to `ratio` times the model's widths. All layers stay.
 
-        Whole heads are removed, as many as possible, so that the others stay wide (ledger, "Shapes for a budget").
+        Whole heads are removed, as many as possible, so that the others stay wide (ledger, "Whole heads").
 
         Args:
             ratio: the fraction of every width to keep, in (0, 1].

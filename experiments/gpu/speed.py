@@ -30,7 +30,7 @@ from .part import Part
 
 PAPER = [Path(__file__).parents[1] / "paper" / f"homobert_{size}.yaml" for size in ("base", "tiny")]
 RATIOS = (1.0, 0.5, 0.29)  # of the widths: at the start, in the middle and at the end of the homotopy
-MULTIPLES = (1, 96)  # of the hidden and feed-forward widths; 96 makes the 12 heads multiples of 8 wide
+MULTIPLES = (1, 96)  # of the hidden and feed-forward widths; products of odd widths are slow
 WAYS = {"": {}, ", masked": {"masked": True}, ", default recipe": None}  # how a paper's run is pruned
 STEPS, WARM = 20, 5  # of the loop that is measured, and how many of them are not counted
 LARGEST_ITEMS = 10  # of the profile
