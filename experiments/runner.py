@@ -120,18 +120,19 @@ class Runner:
 
     def _execute(self, cell: Cell, folder: Path, draw_only: bool = False) -> Outcome:
         started = monotonic()
-        for _ in range(2):
+        for _ in range(2):  # again after the time limit, or if the kernel dies: another process can take its port
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             values = self._parameters(cell, folder, draw_only)
             (folder / "parameters.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
             code = self._papermill(folder)
-            if code is not None:
+            error = _raised(folder)
+            if code == 0 or error or self._stopped.is_set():
                 break
-        error = None
         if code != 0:
-            error = f"stopped after {self.minutes:g} minutes, twice" if code is None else _error(folder)
-            error += f" (see {folder / 'log.txt'})"
+            if code is None:
+                error = f"stopped after {self.minutes:g} minutes, twice"
+            error = f"{error or _last_line(folder)} (see {folder / 'log.txt'})"
         return Outcome(cell, monotonic() - started, error)
 
     def _papermill(self, folder: Path) -> int | None:
@@ -205,13 +206,16 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _error(folder: Path) -> str:
-    """One line: the error that the notebook raised, or the last line of papermill's output."""
+def _raised(folder: Path) -> str | None:
+    """One line: the error that the notebook raised; None if it raised none."""
     path = folder / "notebook.ipynb"
-    if path.exists():
-        for cell in nbformat.read(path, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                if output["output_type"] == "error":
-                    return f"{output['ename']}: {' '.join(output['evalue'].split())}"
+    for cell in nbformat.read(path, as_version=4).cells if path.exists() else []:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                return f"{output['ename']}: {' '.join(output['evalue'].split())}"
+    return None
+
+
+def _last_line(folder: Path) -> str:
     lines = (folder / "log.txt").read_text().strip().splitlines()
     return lines[-1] if lines else "papermill printed nothing"

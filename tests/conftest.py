@@ -9,6 +9,7 @@ import socket
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # also of subprocesses: the workers share the cores
 
+import papermill
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -44,6 +45,20 @@ WORDS = ["a", "quick", "student", "teacher", "neuron", "layer", "width", "loss",
 def full(*cases) -> list:
     """Cases of a parametrised test that only the full set runs."""
     return [pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.full) for case in cases]
+
+
+def execute_notebook(notebook, executed, parameters: dict, folder) -> None:
+    """Execute a notebook in a folder; once more if its kernel has died, because another process took its port."""
+    for last in (False, True):
+        try:
+            # A kernel starts slowly on a busy machine.
+            papermill.execute_notebook(
+                notebook, executed, parameters, cwd=folder, kernel_name="python3", progress_bar=False, start_timeout=600
+            )
+            return
+        except RuntimeError as error:
+            if last or "Kernel died before replying" not in str(error):
+                raise
 
 
 COUNTED: dict[tuple[str, int], int] = {}
@@ -113,7 +128,6 @@ def teacher(tokenizer):
     return random_bert(vocabulary=len(tokenizer))
 
 
-PAPERMILL = {"progress_bar": False, "start_timeout": 600}  # a kernel starts slowly on a busy machine
 ARGUMENTS = PAPER | {
     "steps": 24,
     "batch_size": 8,

@@ -23,7 +23,7 @@ from hdlib.lab.cost import Projection
 from hdlib.lab.widgets import chooser
 from hdlib.lab.widgets.chooser import FRACTION, QUICKSTART, ROWS, SHAPE, Chooser
 
-from conftest import PAPERMILL, flops_once, full
+from conftest import execute_notebook, flops_once, full
 
 MODULE = sys.modules[Chooser.__module__]
 
@@ -198,7 +198,7 @@ def test_the_notebook_runs_the_exported_settings(widget, tmp_path, text_file):
     choose(widget, precision="float32", **places, **chosen)
     widget.buttons["export"].click()
     parameters = yaml.safe_load((tmp_path / "out" / "one.papermill.yaml").read_text())
-    papermill.execute_notebook(QUICKSTART, tmp_path / "done.ipynb", parameters, cwd=tmp_path, **PAPERMILL)
+    execute_notebook(QUICKSTART, tmp_path / "done.ipynb", parameters, tmp_path)
     (description,) = (tmp_path / "out").glob("quickstart-*/run.json")
     ran = json.loads(description.read_text())["arguments"]
     assert DistillConfig(**ran["config"]) == widget.config and ran["blocks"]["length"] == 16

@@ -37,7 +37,7 @@ results: str = "results"  # where to
 draw_only: bool = False  # train nothing
 """
 BODY = """
-import csv, json, pathlib, time
+import csv, json, os, pathlib, time
 trained, shared = [], pathlib.Path(runs)
 shared.mkdir(parents=True, exist_ok=True)
 for arm in arms:
@@ -50,6 +50,9 @@ for arm in arms:
                 time.sleep(0.1)
             if arm == "broken":
                 raise ArithmeticError("this arm never works")
+            if arm == "mortal" and not (shared / "died").exists():
+                (shared / "died").write_text("")
+                os._exit(1)
             (shared / f"{arm}-{seed}").write_text("done")
         trained.append((arm, seed, {"good": 2.0, "better": 1.0}.get(arm, 3.0) + seed / 10))
 folder = pathlib.Path(results)
@@ -160,6 +163,13 @@ def test_a_failed_cell_is_reported_and_the_others_run(workshop, monkeypatch, cap
         "arms=better,seeds=1",
     }
     assert pd.read_csv(folder / "table.csv")["arm"].tolist() == ["better"], "finished cells are gathered"
+
+
+def test_a_cell_whose_kernel_dies_is_executed_again(workshop, monkeypatch, capsys):
+    """As when another process takes the port that Jupyter chose for it."""
+    folder = workshop({"grid": {"arms": ["mortal"]}, "seeds": [1]})
+    assert run(monkeypatch, "toy") == 0
+    assert (folder / "runs" / "died").exists() and "done in" in capsys.readouterr().out
 
 
 @pytest.mark.full

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import papermill
 import pytest
 import torch
 import yaml
@@ -20,7 +19,7 @@ from experiments.bench import prune
 from experiments.bench.work import Setting
 from hdlib.families import FAMILIES
 
-from conftest import PAPERMILL
+from conftest import execute_notebook
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -70,9 +69,7 @@ def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
     """Execute a notebook; return its result and the outputs of its cells."""
     folder.mkdir(exist_ok=True)
     executed = folder / path.name
-    papermill.execute_notebook(
-        path, executed, parameters=parameters, cwd=NOTEBOOKS[0].parent, kernel_name="python3", **PAPERMILL
-    )
+    execute_notebook(path, executed, parameters, NOTEBOOKS[0].parent)
     (result,) = folder.rglob("result.json")
     outputs = [o for cell in nbformat.read(executed, 4).cells if cell.cell_type == "code" for o in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "a figure"
