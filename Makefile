@@ -36,7 +36,7 @@ browser: setup
 	$(BIN)/python -m pytest -n 0 -m browser
 
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks # from here, where the notebooks find their figures
 
 lint: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"

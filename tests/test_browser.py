@@ -38,9 +38,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks; its address."""
+    """JupyterLab on a copy of notebooks, ledger and figures, as `make lab` opens it; its address."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for part in ("notebooks", "experiments"):
+        shutil.copytree(ROOT / part, folder / part)
     for name, steps in LARGE.items():
         recorded_run(folder / name, steps)
         code = f"import hdlib.lab\n\nhdlib.lab.explore('../{name}')"
@@ -59,7 +60,7 @@ def lab(tmp_path_factory):
     environment |= {"JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "JUPYTER_CONFIG_DIR": str(folder / "config")}
     port = 18888 + os.getpid() % 1000
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--IdentityProvider.token="]
-    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder / 'notebooks'}"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -90,7 +91,7 @@ class Page:
         self.name, self.errors = name, []
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+        self.page.goto(f"{address}/lab/tree/notebooks/{name}.ipynb?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         self.page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator')", timeout=90_000)
 

@@ -5,7 +5,8 @@ Every function returns the figure. With `axes` it draws into these, without into
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
@@ -34,7 +35,24 @@ COLOURS = {
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 CYCLE = cycler(color=[*COLOURS.values()] * 35, linestyle=STYLES * 42, marker=MARKERS * 30)  # 210 combinations
-styled = plt.rc_context(
+
+
+@contextmanager
+def look(settings: Mapping) -> Iterator[None]:
+    """Settings of matplotlib for one figure.
+
+    `plt.rc_context` restores `interactive` too, which the backend of a notebook sets with its first figure. Without it,
+    no later figure is shown.
+    """
+    before = {name: plt.rcParams[name] for name in settings}
+    plt.rcParams.update(settings)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(before)
+
+
+styled = look(
     {
         "figure.constrained_layout.use": True,
         "legend.fontsize": "small",
@@ -43,7 +61,7 @@ styled = plt.rc_context(
         "lines.markersize": 4,
     }
 )
-small = plt.rc_context({f"{part}size": "small" for part in ("axes.label", "axes.title", "xtick.label", "ytick.label")})
+small = look({f"{part}size": "small" for part in ("axes.label", "axes.title", "xtick.label", "ytick.label")})
 MEASURES = {
     "held_out_kl": "KL(teacher ‖ student)\nnats per predicted token, held out",
     "held_out_agreement": "top-1 agreement with the teacher\nfraction of predicted tokens, held out",
