@@ -361,3 +361,10 @@ def test_the_folders_of_studies_and_results_are_below_the_home_folder(
     ((run,),) = study.distill({"plain": {}}, [1]).values()
     assert run.folder == tmp_path / "study" / "plain-seed-1"
     assert hdlib.lab.save_result("~/result", {"kl": 1.0}) == tmp_path / "result" / "result.json"
+
+
+def test_a_power_law_of_the_steps():
+    steps = pd.Index([100, 300, 1000])
+    start, exponent = lab.power_law(pd.Series(5.0 * steps.to_numpy(float) ** -0.4, index=steps))
+    assert (start, exponent) == pytest.approx((5.0, -0.4))
+    assert np.isnan(lab.power_law(pd.Series([1.0], index=[100]))).all()

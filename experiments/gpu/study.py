@@ -50,6 +50,7 @@ ENCODER = {
     "batch_size": 128,
     "target": 0.5,
     "attention": 0.0,
+    "prediction": 1.0,
     "weight_decay": 0.0,
     "prune_end": 0.3,
 }

@@ -6,7 +6,7 @@ from .. import _MOVED
 
 _NAMES = {
     "budget": "Budget shapes",
-    "study": "Study final_table overlap paired_differences pick save_result verdict",
+    "study": "Study final_table overlap paired_differences pick power_law save_result verdict",
     "plots": "mark_smoke panel plot_arms plot_discrepancy plot_ends plot_layers plot_losses plot_schedule",
     "run_figure": "plot_run",
     "widgets": "LiveFigure chooser compare explore watch",

@@ -208,6 +208,18 @@ def paired_differences(table: pd.DataFrame, baseline: str, measure: str = "kl") 
     return summary.rename_axis("arm").astype({"pairs": "Int64"})
 
 
+def power_law(losses: pd.Series) -> tuple[float, float]:
+    """Fit losses, indexed by their steps, with a straight line in logarithms: loss = loss at one step × steps^exponent.
+
+    Returns:
+        (loss at one step, exponent), by least squares of the logarithms; NaN for fewer than two budgets.
+    """
+    if len(losses) < 2:
+        return np.nan, np.nan
+    exponent, start = np.polyfit(np.log(losses.index.to_numpy(float)), np.log(losses.to_numpy(float)), 1)
+    return float(np.exp(start)), float(exponent)
+
+
 def overlap(runs: Mapping[str, list[Run]], group: str = "hidden") -> pd.DataFrame:
     """Fraction of the neurons kept by one run that another run kept too: a table over arms, mean over pairs of runs.
 
