@@ -12,6 +12,7 @@ from hdlib import DistillConfig, Widths
 from hdlib.data import Masking, NextToken, Sentences, labelled_once
 from hdlib.lab import Budget, budget, shapes
 from hdlib.narrowing import stock_model
+from hdlib.training import Training
 
 from conftest import flops_once, full
 from models import KINDS, random_encoder, random_model
@@ -104,6 +105,14 @@ def test_shapes_to_compare_with(tokenizer):
     blocks, others = blocks_for("bert", tokenizer), [equal, Widths(ffn=28)]
     table = shapes(teacher, tokenizer, *blocks, given, count=4, length=16, include=others)
     assert len(table) == 4 and (table["shape"] == equal.resolved(teacher)).sum() == 1
+
+
+def test_fewer_layers_are_predicted_to_end_further_away_than_their_jump_says(tokenizer, monkeypatch):
+    monkeypatch.setattr(Training, "discrepancy", lambda training: {"kl": 1.0})
+    teacher, given = random_model("bert"), Budget(parameters=1e6)
+    others = [Widths(layers=1), Widths(ffn=28)]
+    table = shapes(teacher, tokenizer, *blocks_for("bert", tokenizer), given, count=2, length=16, include=others)
+    assert table["layers"].tolist() == [2, 1] and table["predicted"].tolist() == pytest.approx([1.0, 2**0.5])
 
 
 def test_a_sentence_encoder(tokenizer):
