@@ -272,7 +272,7 @@ def test_the_chooser_shows_the_sizes_of_a_new_width(gallery):
     target.fill("0.5")
     target.press("Tab")
     row = gallery.page.locator("table", has_text="Student of").locator("tr", has_text="hidden")
-    wait_for(lambda: "96" in row.first.inner_text())  # of 180, in 12 heads
+    wait_for(lambda: "90" in row.first.inner_text())  # of 180: six heads of 15
     gallery.shot("chooser")
 
 
