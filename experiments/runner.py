@@ -126,13 +126,13 @@ class Runner:
             values = self._parameters(cell, folder, draw_only)
             (folder / "parameters.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
             code = self._papermill(folder)
-            error = _raised(folder)
+            error = _raised(folder) if code else None
             if code == 0 or error or self._stopped.is_set():
                 break
         if code != 0:
-            if code is None:
-                error = f"stopped after {self.minutes:g} minutes, twice"
-            error = f"{error or _last_line(folder)} (see {folder / 'log.txt'})"
+            stopped = f"stopped after {self.minutes:g} minutes, twice"
+            error = error or (stopped if code is None else _last_line(folder))
+            error += f" (see {folder / 'log.txt'})"
         return Outcome(cell, monotonic() - started, error)
 
     def _papermill(self, folder: Path) -> int | None:

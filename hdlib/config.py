@@ -54,7 +54,9 @@ class DistillConfig:
 
     # Loss
     mlm: float = option(1.0, "weight of the language-model loss, on masked or on next tokens")
-    prediction: float = option(10.0, "weight of KL(teacher || student); sentence encoders: of their distance, 1")
+    prediction: float = option(
+        10.0, "weight of KL(teacher || student); sentence encoders: of their distance, best at 1"
+    )
     hidden: float = option(1.0, "weight of the hidden-state loss")
     attention: float = option(1.0, "weight of the attention loss")
     embedding: float = option(1.0, "weight of the embedding loss")

@@ -76,6 +76,7 @@ def execute(path: Path, folder: Path, **parameters) -> tuple[dict, list]:
         if re.search(r"plt\.subplots|lab\.plot_|lab\.panel\(", cell.source) and "save_result" not in cell.source:
             assert any("image/png" in output.get("data", {}) for output in cell.outputs), f"no figure:\n{cell.source}"
     outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "a figure"
     assert not [o.text for o in outputs if o.get("name") == "stderr" and "Warning" in o.text], "no warnings"
     return json.loads(result.read_text()), outputs
 
