@@ -152,13 +152,34 @@ def test_a_budget_below_every_shape(limits, words, tokenizer, monkeypatch):
     assert "\n" not in str(refusal.value)
 
 
-def test_latencies_that_exceed_their_interpolation(tokenizer, monkeypatch):
+def test_latencies_that_exceed_their_fit(tokenizer, monkeypatch):
+    timed = []
+
     def slow(models, *_):
-        return {name: model.num_parameters() / 1e4 if name else 9.0 for name, model in models.items()}
+        timed.append(models)
+        return {name: model.num_parameters() / 1e4 if len(timed) <= 6 else 9.0 for name, model in models.items()}
 
     monkeypatch.setattr(budget, "latency", slow)
     with pytest.raises(ValueError, match=r"no shape was measured within .*: the nearest took 9 milliseconds"):
         found("bert", tokenizer, milliseconds=0.02)
+
+
+def test_a_latency_is_fitted_for_layers_operations_and_the_head(monkeypatch):
+    """Exactly, if it consists of these: a budget of milliseconds is then used up by shapes of any depth."""
+    teacher = random_model("bert")
+    costs = budget._Costs(teacher, budget._changeable(teacher), 16)
+
+    def milliseconds(shape: Widths) -> float:
+        return 0.5 + 0.2 * shape.layers + 1e-6 * costs.flops(shape) + 0.01 * shape.hidden
+
+    def latency(models, *_):
+        return {name: milliseconds(Widths.of(model)) for name, model in models.items()}
+
+    monkeypatch.setattr(budget, "latency", latency)
+    fitted = costs._milliseconds(costs.flops)
+    for change in ({"layers": 1}, {"ffn": 5}, {"heads": 2}, {"hidden": 12, "layers": 2}):
+        shape = Widths(**change).resolved(teacher)
+        assert fitted(shape) == pytest.approx(milliseconds(shape), rel=1e-6)
 
 
 def test_a_run_takes_a_shape_and_no_budget():

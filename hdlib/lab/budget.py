@@ -18,6 +18,7 @@ from itertools import compress, product
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DistillConfig
@@ -34,6 +35,7 @@ SCORED, BLOCKS = 4, 8  # batches that are read for scores and moments, and block
 ROTATED = 32  # blocks whose moments decide how heads are rotated
 HELD_OUT = 16  # blocks on which shapes are compared
 PATH = 256  # shapes on the way from the teacher to a narrow shape
+TIMED = 0.25  # kept of one width in the shapes whose latency the fit of all others is made from
 REPEATS = 5  # of a timed forward
 
 
@@ -102,11 +104,14 @@ def shapes(
         return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, length)
 
     given = filter(fits, (shape.resolved(teacher) for shape in include))
+
+    def order(shape: Widths) -> tuple[bool, float]:
+        return any(rows[shape][name] > limit for name, limit in budget.limits.items()), rows[shape]["predicted"]
+
     rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], 0.25
     while len(rows) < count and step > 0.02:
         rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
-        best = min(rows, key=lambda shape: rows[shape]["predicted"])
-        new = [shape for shape in ways.beside(best, step) if shape not in rows]
+        new = [shape for shape in ways.beside(min(rows, key=order), step) if shape not in rows]
         step = step if new else step / 2
     table = pd.DataFrame(rows.values()).sort_values("predicted", ignore_index=True)
     within = table[table[[*budget.limits]].le(budget.limits).all(axis=1)].reset_index(drop=True)
@@ -187,7 +192,7 @@ class _Ways:
 
 
 class _Costs:
-    """Costs of shapes that need no weights; a latency is interpolated over operations."""
+    """Costs of shapes that need no weights; a latency is fitted to those of a few shapes."""
 
     def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
         self.teacher, self.names, self.length, self.wide = teacher, names, length, Widths.of(teacher)
@@ -224,13 +229,25 @@ class _Costs:
         return cache(lambda shape: round(fitted(shape)))
 
     def _milliseconds(self, count: Callable[[Widths], int]) -> Callable[[Widths], float]:
-        some = [self.smallest, self.wide.between(self.smallest, 0.5, self.teacher), self.wide]
-        models = {shape: deepcopy(self.teacher) for shape in some}
-        for shape, model in models.items():
+        alone = [_narrowed(self.teacher, dict.fromkeys(self.names, 1.0) | {name: TIMED}) for name in self.names]
+        timed = {}
+        for shape in (self.smallest, self.wide, *alone):
+            model = deepcopy(self.teacher)
             narrow(model, shape)
-        timed = latency(models, 1, self.length, REPEATS)
-        line = [*zip(*((count(shape), timed[shape]) for shape in some), strict=True)]
-        return lambda shape: float(np.interp(count(shape), *line))
+            timed[shape] = _forward_milliseconds(model, self.length)
+
+        def terms(shape: Widths) -> np.ndarray:
+            return np.array([1.0, shape.layers, count(shape), shape.hidden])  # the head costs in proportion to hidden
+
+        design = np.array([terms(shape) / timed[shape] for shape in timed])  # the errors are relative
+        scale = design.max(0)
+        weights = nnls(design / scale, np.ones(len(timed)))[0] / scale
+        return lambda shape: float(weights @ terms(shape))
+
+
+def _forward_milliseconds(model: PreTrainedModel, length: int) -> float:
+    """Of one sequence. Each model is timed alone: small weights stay in the cache, as in use."""
+    return latency({"": model}, 1, length, REPEATS)[""]
 
 
 def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Training:
@@ -254,7 +271,7 @@ def _measured(training: Training, shape: Widths, length: int) -> dict[str, float
     training.choose_leaving(training.widths.layers - shape.layers)
     pruned = deepcopy(training, {id(each): each for each in shared})
     pruned.prune(shape)
-    milliseconds = latency({"": pruned.student}, 1, length, REPEATS)[""]
+    milliseconds = _forward_milliseconds(pruned.student, length)
     jump = pruned.discrepancy()[main_measure(training.teacher)]
     # Training makes less good for layers than for widths: the ledger has the fit of this root and its test on a second
     # teacher.
