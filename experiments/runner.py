@@ -140,7 +140,8 @@ class Runner:
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", "-k", "python3", "--cwd", NOTEBOOKS]
         command += ["--start-timeout", "600"]  # seconds; a busy machine starts many kernels slowly
         command += ["-f", folder / "parameters.yaml", self.study.notebook, folder / "notebook.ipynb"]
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        # An own OMP_NUM_THREADS stays: beside other work, threads that wait for each other are slower than one.
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))} | os.environ
         if gpu := self._gpus.get():
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with tempfile.TemporaryDirectory() as jupyter, (folder / "log.txt").open("w") as log:
@@ -151,7 +152,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | environment | {"JUPYTER_PATH": jupyter},
+                env=environment | {"JUPYTER_PATH": jupyter},
             )
             self._running.add(process)
             try:

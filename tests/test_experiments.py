@@ -152,6 +152,27 @@ def test_every_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert sorted(seen[:2]) == sorted(seen[2:]) == ["3", "5"]
 
 
+def test_jobs_share_the_cores_unless_the_caller_says_otherwise(tmp_path, monkeypatch):
+    seen = []
+
+    class Process:
+        def __init__(self, command, env, **_):
+            seen.append(env["OMP_NUM_THREADS"])
+
+        def wait(self, _):
+            return 0
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
+    for given in (None, "1"):
+        with monkeypatch.context() as context:
+            context.delenv("OMP_NUM_THREADS")
+            if given:
+                context.setenv("OMP_NUM_THREADS", given)
+            runner.Runner(Study("toy", "", tmp_path, {}, []), tmp_path, 1, jobs=2)._papermill(tmp_path)
+    assert seen == ["3", "1"]
+
+
 def test_a_failed_cell_is_reported_and_the_others_run(workshop, monkeypatch, capsys):
     folder = workshop({"grid": {"arms": ["broken", "better"]}, "seeds": [1]})
     assert run(monkeypatch, "toy") == 1
