@@ -35,6 +35,7 @@ SCORED, BLOCKS = 4, 8  # batches that are read for scores and moments, and block
 ROTATED = 32  # blocks whose moments decide how heads are rotated
 HELD_OUT = 16  # blocks on which shapes are compared
 PATH = 256  # shapes on the way from the teacher to a narrow shape
+FIRST_STEP = 0.125  # of a width of the teacher, between the best shape and those beside it
 TIMED = 0.25  # kept of one width in the shapes whose latency the fit of all others is made from
 REPEATS = 5  # of a timed forward
 
@@ -108,7 +109,7 @@ def shapes(
     def order(shape: Widths) -> tuple[bool, float]:
         return any(rows[shape][name] > limit for name, limit in budget.limits.items()), rows[shape]["predicted"]
 
-    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], 0.25
+    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], FIRST_STEP
     while len(rows) < count and step > 0.02:
         rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
         new = [shape for shape in ways.beside(min(rows, key=order), step) if shape not in rows]
