@@ -157,11 +157,23 @@ def test_latencies_that_exceed_their_fit(tokenizer, monkeypatch):
 
     def slow(models, *_):
         timed.append(models)
-        return {name: model.num_parameters() / 1e4 if len(timed) <= 6 else 9.0 for name, model in models.items()}
+        late = {"model": 9.0} if len(timed) > 7 else {}  # after the teacher and six shapes
+        return {name: model.num_parameters() / 1e4 for name, model in models.items()} | late
 
     monkeypatch.setattr(budget, "latency", slow)
     with pytest.raises(ValueError, match=r"no shape was measured within .*: the nearest took 9 milliseconds"):
         found("bert", tokenizer, milliseconds=0.02)
+
+
+def test_load_that_comes_later_cancels_out(monkeypatch):
+    teacher, load = random_model("bert"), [1.0]
+    monkeypatch.setattr(
+        budget, "latency", lambda models, *_: {name: load[0] * each.num_parameters() for name, each in models.items()}
+    )
+    costs, smaller = budget._Costs(teacher, budget._changeable(teacher), 16), random_model("bert", ffn=3)
+    quiet = costs.milliseconds(smaller)
+    load[0] = 3.0
+    assert costs.milliseconds(smaller) == pytest.approx(quiet) == smaller.num_parameters()
 
 
 def test_a_latency_is_fitted_for_layers_operations_and_the_head(monkeypatch):
@@ -176,6 +188,7 @@ def test_a_latency_is_fitted_for_layers_operations_and_the_head(monkeypatch):
         return {name: milliseconds(Widths.of(model)) for name, model in models.items()}
 
     monkeypatch.setattr(budget, "latency", latency)
+    costs.of_teacher = milliseconds(Widths.of(teacher))
     fitted = costs._milliseconds(costs.flops)
     for change in ({"layers": 1}, {"ffn": 5}, {"heads": 2}, {"hidden": 12, "layers": 2}):
         shape = Widths(**change).resolved(teacher)

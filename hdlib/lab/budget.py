@@ -102,7 +102,7 @@ def shapes(
     ways = _Ways(teacher, names, fits, multiple_of)
 
     def row(shape: Widths) -> dict:
-        return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, length)
+        return {"shape": shape} | asdict(shape) | costs.counted(shape) | _measured(training, shape, costs.milliseconds)
 
     given = filter(fits, (shape.resolved(teacher) for shape in include))
 
@@ -117,8 +117,8 @@ def shapes(
     table = pd.DataFrame(rows.values()).sort_values("predicted", ignore_index=True)
     within = table[table[[*budget.limits]].le(budget.limits).all(axis=1)].reset_index(drop=True)
     if not len(within):
-        nearest = f"{table['milliseconds'].min():.3g} milliseconds"
-        raise ValueError(f"no shape was measured within {budget}: the nearest took {nearest}; lower the other limits")
+        way_out = f"the nearest took {table['milliseconds'].min():.3g} milliseconds; raise these, or lower other limits"
+        raise ValueError(f"no shape was measured within {budget}: {way_out}")
     return within
 
 
@@ -198,6 +198,12 @@ class _Costs:
     def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
         self.teacher, self.names, self.length, self.wide = teacher, names, length, Widths.of(teacher)
         self.smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
+        self.of_teacher = latency({"teacher": teacher}, 1, length, 4 * REPEATS)["teacher"]
+
+    def milliseconds(self, model: PreTrainedModel) -> float:
+        """Of a forward of one sequence while the teacher takes as long as at first: it is timed beside each model."""
+        timed = latency({"teacher": self.teacher, "model": model}, 1, self.length, REPEATS)
+        return timed["model"] * (self.of_teacher / timed["teacher"])
 
     def parameters(self, shape: Widths) -> int:
         return stock_model(self.teacher, shape).num_parameters()
@@ -235,7 +241,7 @@ class _Costs:
         for shape in (self.smallest, self.wide, *alone):
             model = deepcopy(self.teacher)
             narrow(model, shape)
-            timed[shape] = _forward_milliseconds(model, self.length)
+            timed[shape] = self.milliseconds(model)
 
         def terms(shape: Widths) -> np.ndarray:
             return np.array([1.0, shape.layers, count(shape), shape.hidden])  # the head costs in proportion to hidden
@@ -244,11 +250,6 @@ class _Costs:
         scale = design.max(0)
         weights = nnls(design / scale, np.ones(len(timed)))[0] / scale
         return lambda shape: float(weights @ terms(shape))
-
-
-def _forward_milliseconds(model: PreTrainedModel, length: int) -> float:
-    """Of one sequence. Each model is timed alone: small weights stay in the cache, as in use."""
-    return latency({"": model}, 1, length, REPEATS)[""]
 
 
 def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Training:
@@ -266,14 +267,16 @@ def _scored(teacher, tokenizer, train, validation, config: DistillConfig) -> Tra
     return training
 
 
-def _measured(training: Training, shape: Widths, length: int) -> dict[str, float]:
+def _measured(training: Training, shape: Widths, milliseconds: Callable[[PreTrainedModel], float]) -> dict[str, float]:
     """Latency, and discrepancy after one compensated prune, of a copy of the student."""
     shared = (training.teacher, training.cast_teacher, training.held_out)
     training.choose_leaving(training.widths.layers - shape.layers)
     pruned = deepcopy(training, {id(each): each for each in shared})
     pruned.prune(shape)
-    milliseconds = _forward_milliseconds(pruned.student, length)
     jump = pruned.discrepancy()[main_measure(training.teacher)]
     # Training makes less good for layers than for widths: the ledger has the fit of this root and its test on a second
     # teacher.
-    return {"milliseconds": milliseconds, "predicted": jump * (training.widths.layers / shape.layers) ** 0.5}
+    return {
+        "milliseconds": milliseconds(pruned.student),
+        "predicted": jump * (training.widths.layers / shape.layers) ** 0.5,
+    }
