@@ -75,8 +75,8 @@ def shapes(
 ) -> pd.DataFrame:
     """Shapes that use up a budget, the best one first.
 
-    First those on the straight ways from the teacher on which some widths fall and the others stay; then those beside
-    the best one. The feed-forward width is the one that the budget leaves.
+    Half of them, at most, on the straight ways from the teacher on which some widths fall and the others stay; then
+    those beside the best one. The feed-forward width is the one that the budget leaves.
 
     Args:
         teacher, tokenizer, train, validation: as for `hdlib.distill`; not changed.
@@ -109,7 +109,7 @@ def shapes(
     def order(shape: Widths) -> tuple[bool, float]:
         return any(rows[shape][name] > limit for name, limit in budget.limits.items()), rows[shape]["predicted"]
 
-    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()])], FIRST_STEP
+    rows, new, step = {}, [*dict.fromkeys([*given, *ways.straight()[: max(1, count // 2)]])], FIRST_STEP
     while len(rows) < count and step > 0.02:
         rows |= {shape: row(shape) for shape in new[: count - len(rows)]}
         new = [shape for shape in ways.beside(min(rows, key=order), step) if shape not in rows]
