@@ -50,8 +50,11 @@ class Masks:
         Without recovery, masked neurons stay masked. Scores, result and errors as for `hdlib.narrow`; also ValueError
         for fewer layers, which are no neurons.
         """
-        if widths.layers not in (None, depth := self.model.config.num_hidden_layers):
+        widths = widths.resolved(self.model)
+        if widths.layers != (depth := self.model.config.num_hidden_layers):
             raise ValueError(f"layers={widths.layers}: layers cannot be masked; take layers={depth}, or leave them out")
+        if not (self.recover or widths.fits_in(self.widths)):
+            raise ValueError(f"{widths} is wider than {self.widths}, and masked neurons stay masked: give every width")
         check_scores(self._groups, scores)
         if self.scope == "global":
             self.kept = self.kept | self._choose_globally(widths, scores)

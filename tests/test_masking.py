@@ -65,6 +65,18 @@ def test_a_masked_model_computes_what_the_narrowed_one_does(name, width):
             close(*sums, 1e-9)
 
 
+@pytest.mark.parametrize("given", [{"head_dim": 3}, {"heads": 2, "ffn": 20}])
+def test_widths_that_are_not_given_follow_as_in_a_narrowed_model(given):
+    model, narrow = random_model("bert").double(), random_model("bert").double()
+    kept = hdlib.narrow(narrow, Widths(**given), random_scores(model))
+    masks = Masks(model)
+    chosen = masks.choose(Widths(**given), random_scores(model))
+    assert masks.widths == Widths.of(narrow)
+    assert chosen.keys() == kept.keys() and all(torch.equal(chosen[name], kept[name]) for name in kept)
+    with pytest.raises(ValueError, match=r"is wider than .* masked neurons stay masked"):
+        masks.choose(Widths(ffn=10), random_scores(model))  # all heads and their dimensions again
+
+
 @pytest.mark.parametrize("name, width", CASES)
 def test_an_exported_model_is_the_masked_one(name, width):
     model = random_model(name).double()
