@@ -48,7 +48,7 @@ class Masks:
         """Keep the highest scores, as many as `widths` gives, and mask the others; returns those kept.
 
         Without recovery, masked neurons stay masked. Scores, result and errors as for `hdlib.narrow`; also ValueError
-        for fewer layers, which are no neurons.
+        for fewer layers, which are no neurons, and without recovery for a shape wider than the masked one.
         """
         widths = widths.resolved(self.model)
         if widths.layers != (depth := self.model.config.num_hidden_layers):

@@ -36,7 +36,7 @@ ROTATED = 32  # blocks whose moments decide how heads are rotated
 HELD_OUT = 16  # blocks on which shapes are compared
 PATH = 256  # shapes on the way from the teacher to a narrow shape
 FIRST_STEP = 0.125  # of a width of the teacher, between the best shape and those beside it
-TIMED = 0.25  # kept of one width in the shapes whose latency the fit of all others is made from
+TIMED = 0.25  # fraction of one width that is kept, in the shapes that are timed for the fit of latencies
 REPEATS = 5  # of a timed forward
 
 
@@ -198,12 +198,16 @@ class _Costs:
     def __init__(self, teacher: PreTrainedModel, names: list[str], length: int):
         self.teacher, self.names, self.length, self.wide = teacher, names, length, Widths.of(teacher)
         self.smallest = _narrowed(teacher, dict.fromkeys(names, 0.0))
-        self.of_teacher = latency({"teacher": teacher}, 1, length, 4 * REPEATS)["teacher"]
+        self.of_teacher = self._timed(teacher, 4 * REPEATS)
 
     def milliseconds(self, model: PreTrainedModel) -> float:
-        """Of a forward of one sequence while the teacher takes as long as at first: it is timed beside each model."""
-        timed = latency({"teacher": self.teacher, "model": model}, 1, self.length, REPEATS)
-        return timed["model"] * (self.of_teacher / timed["teacher"])
+        """Of a forward of one sequence while the teacher, timed just before, takes as long as at first."""
+        of_teacher = self._timed(self.teacher)
+        return self._timed(model) * (self.of_teacher / of_teacher)
+
+    def _timed(self, model: PreTrainedModel, repeats: int = REPEATS) -> float:
+        """Alone, as in use: in turns with others, small weights leave the cache."""
+        return latency({"": model}, 1, self.length, repeats)[""]
 
     def parameters(self, shape: Widths) -> int:
         return stock_model(self.teacher, shape).num_parameters()
