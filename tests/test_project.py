@@ -156,7 +156,7 @@ def test_the_fine_tuning_notebook_scores_every_model_on_every_task(tmp_path, tex
         rows.to_csv(tmp_path / "tables" / "rte" / f"{part}.csv", index=False)
     folder = str(ROOT / "hdlib" / "teacher")
     paths = {"corpus": str(text_file), "tables": str(tmp_path / "tables"), "runs": str(tmp_path / "runs")}
-    arguments = {"checkpoints": ["teacher", "homodistil", folder], "tasks": ["order", "rte"], "epochs": 1.0}
+    arguments = {"checkpoints": ["teacher", "default", folder], "tasks": ["order", "rte"], "epochs": 1.0}
     result, _ = execute(path, tmp_path / "out", **paths, **arguments, results=str(tmp_path / "out"))
     table = pd.read_csv(tmp_path / "out" / "table.csv")
     assert len(table) == 2 * (3 + 2) and table["score"].between(0, 1).all()
